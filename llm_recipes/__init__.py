@@ -1,0 +1,3 @@
+"""Continued pretraining of open language models in another language."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""A run's state on disk: safetensors and JSON, whole or absent."""

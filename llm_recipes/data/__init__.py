@@ -1,0 +1,1 @@
+"""Clean text to token files to the global batch stream."""

@@ -1,0 +1,137 @@
+"""The global batch stream: positions to batches.
+
+Kinds of index, from the outside in:
+    step      an attempt to update; step s takes the samples that `schedule.batch_span(s)` names
+    position  a global sample number; one integer is the whole data state
+    place     source, epoch and window of a position (`mixture`)
+    window    a source's window, read as documents (`windows`), laid out as arrays (`documents`)
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from llm_recipes.data.documents import window
+from llm_recipes.data.mixture import Mixture
+from llm_recipes.data.sources import Source
+from llm_recipes.errors import UserError
+
+Batch = dict[str, torch.Tensor]
+"""`input_ids`, `position_ids`, `targets`, `document_ids`: int64 (sequences, seq_len);
+`source`, `position`: int64 (sequences,)."""
+
+
+def stack(windows: Sequence[dict[str, np.ndarray]]) -> Batch:
+    """Windows of one shape, one above the other."""
+    return {key: torch.from_numpy(np.stack([each[key] for each in windows])) for key in windows[0]}
+
+
+class Samples(Dataset[Batch]):
+    """Micro-batches by the positions of their samples.
+
+    Args:
+        sources: the corpora.
+        mixture: says what stands at a position.
+        mask_documents: number positions from 0 in each document.
+    """
+
+    def __init__(self, sources: Sequence[Source], mixture: Mixture, mask_documents: bool) -> None:
+        self.sources = list(sources)
+        self.mixture = mixture
+        self.mask_documents = mask_documents
+
+    def sample(self, position: int) -> dict[str, np.ndarray]:
+        """The window at one global position."""
+        place = self.mixture.place(position)
+        windows = self.sources[place.source].windows
+        arrays = window(windows.read(place.window), windows.seq_len, self.mask_documents)
+        arrays["source"] = np.asarray(place.source)
+        arrays["position"] = np.asarray(position)
+        return arrays
+
+    def __getitem__(self, positions: Any) -> Batch:
+        return stack([self.sample(position) for position in positions])
+
+
+def rank_positions(first: int, size: int, micro_batch_size: int, rank: int, ranks: int) -> list[list[int]]:
+    """The micro-batches of one rank in the global batch `first` .. `first + size - 1`.
+
+    Every rank takes a run of its own; together they cover the batch once.
+    """
+    per_rank = size // ranks
+    start = first + rank * per_rank
+    return [
+        list(range(at, min(at + micro_batch_size, start + per_rank)))
+        for at in range(start, start + per_rank, micro_batch_size)
+    ]
+
+
+class GlobalBatches:
+    """This rank's micro-batches, step by step, from any position on.
+
+    Args:
+        samples: the dataset.
+        spans: (first position, size) of each global batch, in order.
+        micro_batch_size: sequences in a micro-batch.
+        rank, ranks: data-parallel rank and size.
+        vocab_size: every token id must lie below.
+        workers: processes that prepare batches; 0 is this one.
+        pin: page-locked memory, for copies to a GPU that do not block.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        spans: Sequence[tuple[int, int]],
+        micro_batch_size: int,
+        rank: int,
+        ranks: int,
+        vocab_size: int,
+        workers: int = 0,
+        pin: bool = False,
+    ) -> None:
+        self.samples = samples
+        self.spans = spans
+        self.vocab_size = vocab_size
+        self._rank_positions = lambda first, size: rank_positions(first, size, micro_batch_size, rank, ranks)
+        self._loader_options: dict[str, Any] = {"num_workers": workers, "pin_memory": pin}
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        """One list of micro-batches per step."""
+        batches: DataLoader[Batch] = DataLoader(
+            self.samples,
+            batch_size=None,
+            sampler=_Positions(self.spans, self._rank_positions),
+            **self._loader_options,
+        )
+        ready = iter(batches)
+        for first, size in self.spans:
+            step = [next(ready) for _ in self._rank_positions(first, size)]
+            for batch in step:
+                self._refuse_unknown_tokens(batch)
+            yield step
+
+    def _refuse_unknown_tokens(self, batch: Batch) -> None:
+        worst = batch["input_ids"].amax(1).maximum(batch["targets"].amax(1))
+        if int(worst.max()) >= self.vocab_size:
+            row = int(worst.argmax())
+            source = self.samples.sources[int(batch["source"][row])]
+            raise UserError(
+                f"data.sources.{source.name}: sample {int(batch['position'][row])} holds token {int(worst[row])}, "
+                f"past the model's vocabulary of {self.vocab_size}; it was tokenized for another model",
+                everywhere=False,
+            )
+
+
+class _Positions:
+    """The sampler: every micro-batch of every step, in order."""
+
+    def __init__(self, spans: Sequence[tuple[int, int]], rank_positions: Any) -> None:
+        self.spans, self.rank_positions = spans, rank_positions
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for first, size in self.spans:
+            yield from self.rank_positions(first, size)

@@ -1,0 +1,324 @@
+"""Token files: Megatron's indexed dataset (`NAME.bin`, `NAME.idx`, version 1), with a sidecar of ours.
+
+Layout of `.idx`, little-endian: magic `MMIDIDX\\0\\0`, version u64 = 1, dtype code u8, sequences u64,
+documents + 1 u64; then the lengths of the sequences (int32), their byte offsets in `.bin` (int64),
+and the first sequence of each document (int64, closed by the number of sequences).
+Source: Megatron-LM, `megatron/core/datasets/indexed_dataset.py`.
+
+`NAME.json` is the sidecar (`Sidecar`); `NAME.bytes` holds the UTF-8 bytes of each document's raw text
+as uint32. Both may be missing: files that others wrote open too.
+"""
+
+import dataclasses
+import json
+import mmap
+import os
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from llm_recipes.errors import UserError
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
+DTYPE_CODES: dict[int, Any] = {
+    1: np.uint8,
+    2: np.int8,
+    3: np.int16,
+    4: np.int32,
+    5: np.int64,
+    8: np.uint16,
+}
+CODE_OF_DTYPE = {np.dtype(dtype): code for code, dtype in DTYPE_CODES.items()}
+CHUNK = 1 << 22
+
+
+@dataclass
+class Sidecar:
+    """What `NAME.json` says about a token file."""
+
+    tokenizer: str
+    """Fingerprint of the tokenizer's vocabulary, merges and normalizer."""
+    tokenizer_name: str
+    vocab_size: int
+    largest_token_id: int
+    eod_token_id: int
+    bos_token_id: int | None
+    """The token that starts each document, or None where there is none."""
+    documents: int
+    tokens: int
+    bytes: int
+    """UTF-8 bytes of the raw text."""
+    licence: str | None = None
+    language: str | None = None
+    sources: list[dict[str, Any]] = field(default_factory=list)
+    """What was tokenized: `path`, `bytes`, `xxh3_128` of each input file."""
+    skipped_rows: int = 0
+    checksums: dict[str, str] = field(default_factory=dict)
+    """xxh3-128 of the `.bin`, `.idx` and `.bytes` files."""
+    version: int = 1
+
+
+def smallest_dtype(vocab_size: int) -> np.dtype:
+    """Megatron's choice: two bytes a token where the vocabulary allows it."""
+    return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
+
+
+def checksum(path: str | Path) -> str:
+    """xxh3-128 of a whole file, as 32 hexadecimal digits."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _map(path: Path) -> mmap.mmap | bytes:
+    """The file's bytes, read-only. An empty file cannot be mapped."""
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            return b""
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+class TokenFile:
+    """A token file opened for reading. Opening reads the header and checks sizes, nothing more.
+
+    A token file without a sidecar is somebody else's: its lengths are scanned once for empty documents.
+
+    Raises:
+        UserError: the file is missing, empty, damaged, or shorter than its index says.
+    """
+
+    def __init__(self, prefix: str | Path) -> None:
+        self.prefix = Path(prefix)
+        index_path, bin_path = self.file("idx"), self.file("bin")
+        for path in (index_path, bin_path):
+            if not path.is_file():
+                raise UserError(f"{path}: no such token file (write one with python -m llm_recipes.tokenize)")
+        index = _map(index_path)
+        if len(index) < HEADER.size or index[: len(MAGIC)] != MAGIC:
+            raise UserError(f"{index_path}: not a Megatron index (MMIDIDX); tokenize the corpus again")
+        _, version, code, sequences, document_ends = HEADER.unpack(index[: HEADER.size])
+        if version != 1 or code not in DTYPE_CODES:
+            raise UserError(f"{index_path}: version {version} with dtype code {code} is not supported")
+        expected = HEADER.size + sequences * 12 + document_ends * 8
+        if len(index) != expected:
+            raise UserError(f"{index_path}: {len(index)} bytes, its header says {expected}; tokenize the corpus again")
+        if sequences == 0 or document_ends < 2:
+            raise UserError(f"{self.prefix}: an empty token file; leave it out")
+
+        self.dtype = np.dtype(DTYPE_CODES[code])
+        self._lengths = np.frombuffer(index, np.dtype("<i4"), sequences, HEADER.size)
+        self._pointers = np.frombuffer(index, np.dtype("<i8"), sequences, HEADER.size + sequences * 4)
+        self._first_sequence = np.frombuffer(index, np.dtype("<i8"), document_ends, HEADER.size + sequences * 12)
+        self.documents = int(document_ends) - 1
+        """Number of documents."""
+        self.sidecar = self._read_sidecar()
+
+        end = int(self._pointers[-1]) + int(self._lengths[-1]) * self.dtype.itemsize
+        size = bin_path.stat().st_size
+        if size != end:
+            raise UserError(f"{bin_path}: {size} bytes, its index says {end}; the corpus is damaged, tokenize it again")
+        if int(self._first_sequence[0]) != 0 or int(self._first_sequence[-1]) != sequences:
+            raise UserError(f"{index_path}: its documents do not cover its sequences")
+        self.tokens = end // self.dtype.itemsize
+        """Number of tokens."""
+        if self.sidecar is None:
+            self._refuse_gaps()
+        self._tokens = np.frombuffer(_map(bin_path), self.dtype)
+
+    def file(self, ending: str) -> Path:
+        """The path of one of the files that make up this token file."""
+        return Path(f"{self.prefix}.{ending}")
+
+    def _read_sidecar(self) -> Sidecar | None:
+        path = self.file("json")
+        if not path.exists():
+            return None
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            known = {item.name for item in dataclasses.fields(Sidecar)}
+            sidecar = Sidecar(**{key: value for key, value in raw.items() if key in known})
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: not a sidecar of ours ({error}); remove it to read the tokens alone") from error
+        if sidecar.documents != self.documents:
+            raise UserError(
+                f"{path}: speaks of {sidecar.documents} documents, the index of {self.documents}; "
+                "the sidecar belongs to another file"
+            )
+        return sidecar
+
+    def _refuse_gaps(self) -> None:
+        """Documents must lie end to end and hold at least one token: all arithmetic rests on it."""
+        where = self.file("idx")
+        if int(self._pointers[0]) != 0:
+            raise UserError(f"{where}: the first sequence does not start at 0")
+        for first in range(0, len(self._lengths), CHUNK):
+            part = slice(first, first + CHUNK + 1)
+            lengths = self._lengths[part].astype(np.int64)
+            if (lengths < 0).any():
+                raise UserError(f"{where}: sequence {first + int((lengths < 0).argmax())} has a negative length")
+            steps = np.diff(self._pointers[part])
+            wrong = steps != lengths[: len(steps)] * self.dtype.itemsize
+            if wrong.any():
+                raise UserError(f"{where}: sequence {first + int(wrong.argmax())} does not end where the next starts")
+        for first in range(0, self.documents, CHUNK):
+            last = min(first + CHUNK, self.documents)
+            if (np.diff(self._first_sequence[first : last + 1]) < 0).any():
+                raise UserError(f"{where}: its documents are not in order")
+            empty = np.diff(self.document_starts(first, last + 1)) <= 0
+            if empty.any():
+                raise UserError(f"{where}: document {first + int(empty.argmax())} is empty; tokenize without it")
+
+    def document_starts(self, first: int, last: int) -> np.ndarray:
+        """Token offsets at which documents `first` .. `last - 1` start; `documents` itself is the end. int64."""
+        sequence = self._first_sequence[first:last]
+        inside = np.minimum(sequence, len(self._pointers) - 1)
+        starts = self._pointers[inside] // self.dtype.itemsize
+        return np.where(sequence == len(self._pointers), self.tokens, starts)
+
+    def document_start(self, number: int) -> int:
+        """Token offset at which a document starts; `documents` gives the end of the last one."""
+        sequence = int(self._first_sequence[number])
+        if sequence == len(self._pointers):
+            return self.tokens
+        return int(self._pointers[sequence]) // self.dtype.itemsize
+
+    def read(self, start: int, end: int) -> np.ndarray:
+        """Tokens `start` .. `end - 1` of the file, int64."""
+        return self._tokens[start:end].astype(np.int64)
+
+    def document(self, number: int) -> np.ndarray:
+        """The tokens of one document, int64."""
+        return self.read(self.document_start(number), self.document_start(number + 1))
+
+    def document_bytes(self) -> np.ndarray | None:
+        """UTF-8 bytes of each document's raw text (uint32, one per document), or None where not known."""
+        path = self.file("bytes")
+        if not path.exists():
+            return None
+        if path.stat().st_size != 4 * self.documents:
+            raise UserError(f"{path}: {path.stat().st_size} bytes for {self.documents} documents of 4 bytes each")
+        return np.frombuffer(_map(path), np.dtype("<u4"))
+
+    def verify(self) -> None:
+        """Read everything, and compare it with the sidecar.
+
+        Raises:
+            UserError: a checksum differs, or a token lies past the vocabulary.
+        """
+        self._refuse_gaps()
+        if self.sidecar is None:
+            return
+        for ending, expected in self.sidecar.checksums.items():
+            found = checksum(self.file(ending))
+            if found != expected:
+                raise UserError(f"{self.file(ending)}: its checksum is {found}, the sidecar says {expected}")
+        largest = max(int(self._tokens[i : i + CHUNK].max()) for i in range(0, self.tokens, CHUNK))
+        if largest != self.sidecar.largest_token_id:
+            raise UserError(f"{self.file('bin')}: largest id {largest}, the sidecar says {self.sidecar.largest_token_id}")
+
+
+class TokenFileWriter:
+    """Writes a token file document by document in bounded memory; nothing has its final name until `close`.
+
+    Args:
+        prefix: the token file, without an ending.
+        dtype: the tokens' type on disk (`smallest_dtype`).
+    """
+
+    def __init__(self, prefix: str | Path, dtype: np.dtype) -> None:
+        self.prefix = Path(prefix)
+        self.dtype = np.dtype(dtype)
+        self.documents = 0
+        self.tokens = 0
+        self.bytes = 0
+        self.largest_token_id = 0
+        self.prefix.parent.mkdir(parents=True, exist_ok=True)
+        self._checksums = {ending: xxhash.xxh3_128() for ending in ("bin", "idx", "bytes")}
+        self._files = {ending: open(self._partial(ending), "wb") for ending in ("bin", "bytes", "lengths")}
+
+    def _partial(self, ending: str) -> Path:
+        return Path(f"{self.prefix}.{ending}.partial")
+
+    def _write(self, ending: str, data: bytes) -> None:
+        self._files[ending].write(data)
+        if ending in self._checksums:
+            self._checksums[ending].update(data)
+
+    def append(self, tokens: np.ndarray, lengths: np.ndarray, text_bytes: np.ndarray) -> None:
+        """Add documents that lie end to end in `tokens`.
+
+        Args:
+            tokens: ids of all the documents, one after another.
+            lengths: tokens of each document, each at least 1.
+            text_bytes: UTF-8 bytes of each document's raw text.
+        """
+        lengths = np.asarray(lengths)
+        if len(lengths) == 0:
+            return
+        if int(lengths.min()) < 1 or int(lengths.max()) > np.iinfo(np.int32).max:
+            raise ValueError("a document holds from 1 to 2**31 - 1 tokens")
+        if int(lengths.sum()) != len(tokens):
+            raise ValueError("the lengths do not add up to the tokens")
+        largest = int(np.max(tokens))
+        if largest > np.iinfo(self.dtype).max or int(np.min(tokens)) < 0:
+            raise ValueError(f"token id {largest} does not fit into {self.dtype}")
+        self._write("bin", np.asarray(tokens).astype(self.dtype).tobytes())
+        self._write("lengths", lengths.astype("<i4").tobytes())
+        self._write("bytes", np.asarray(text_bytes).astype("<u4").tobytes())
+        self.documents += len(lengths)
+        self.tokens += len(tokens)
+        self.bytes += int(np.sum(text_bytes, dtype=np.int64))
+        self.largest_token_id = max(self.largest_token_id, largest)
+
+    def _index(self) -> Iterable[bytes]:
+        yield HEADER.pack(MAGIC, 1, CODE_OF_DTYPE[self.dtype], self.documents, self.documents + 1)
+        lengths = np.memmap(self._partial("lengths"), np.dtype("<i4"), "r")
+        for first in range(0, len(lengths), CHUNK):
+            yield lengths[first : first + CHUNK].tobytes()
+        offset = 0
+        for first in range(0, len(lengths), CHUNK):
+            sizes = lengths[first : first + CHUNK].astype("<i8") * self.dtype.itemsize
+            ends = offset + np.cumsum(sizes)
+            yield (ends - sizes).astype("<i8").tobytes()
+            offset = int(ends[-1])
+        for first in range(0, self.documents + 1, CHUNK):
+            yield np.arange(first, min(first + CHUNK, self.documents + 1), dtype="<i8").tobytes()
+
+    def close(self, sidecar: Sidecar) -> None:
+        """Write index and sidecar, then give all files their final names; the index comes last."""
+        if self.documents == 0:
+            raise ValueError("no documents were written")
+        for file in self._files.values():
+            file.flush()
+        self._files["idx"] = open(self._partial("idx"), "wb")
+        for data in self._index():
+            self._write("idx", data)
+        checksums = {ending: digest.hexdigest() for ending, digest in self._checksums.items()}
+        sidecar = dataclasses.replace(sidecar, checksums=checksums)
+        self._files["json"] = open(self._partial("json"), "wb")
+        text = json.dumps(dataclasses.asdict(sidecar), ensure_ascii=False, indent=2)
+        self._files["json"].write(text.encode() + b"\n")
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        self._partial("lengths").unlink()
+        # Without its index a token file does not open: an older one goes first, the new one comes last.
+        Path(f"{self.prefix}.idx").unlink(missing_ok=True)
+        for ending in ("bin", "bytes", "json", "idx"):
+            os.replace(self._partial(ending), f"{self.prefix}.{ending}")
+
+    def abort(self) -> None:
+        """Remove everything that was written so far."""
+        for file in self._files.values():
+            file.close()
+        for ending in ("bin", "bytes", "lengths", "idx", "json"):
+            self._partial(ending).unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""A Hugging Face model, sharded and ready to train."""

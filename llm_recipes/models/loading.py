@@ -1,0 +1,349 @@
+"""A Hugging Face model: its configuration, its empty shape on the meta device, and its weights read into shards.
+
+transformers gives the meta model, the sharding plan and the reader of safetensors; the sharding is ours
+(`sharding`). What is private of transformers here: `get_model_conversion_mapping`, `convert_and_load_state_dict_in_model`
+and `_finalize_model_loading` are how its own `from_pretrained` reads weights since 5.x.
+"""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import initialization as hf_init
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils.loading_report import LoadStateDictInfo
+
+from llm_recipes.config import ModelConfig
+from llm_recipes.errors import UserError, did_you_mean
+
+log = logging.getLogger(__name__)
+
+
+def open_config(config: ModelConfig, folder: str) -> Any:
+    """The model's own configuration, with `model.overrides` applied.
+
+    Raises:
+        UserError: no configuration here, or an override of a key that the model does not have.
+    """
+    try:
+        own = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"model.path={config.path}: no model configuration opens here ({reason})") from error
+    for key, value in config.overrides.items():
+        override(own, key, value)
+    return own
+
+
+def override(own: Any, key: str, value: Any) -> None:
+    """Set one key of a model's configuration, dotted for what lies deeper; a name that stands inside one of its
+    groups (`rope_theta` in `rope_parameters`) is found there.
+
+    Raises:
+        UserError: the model has no such key.
+    """
+    target, names = own, key.split(".")
+    for name in names[:-1]:
+        target = target[name] if isinstance(target, dict) else getattr(target, name, None)
+        if target is None:
+            raise UserError(f"model.overrides.{key}: the model's configuration has no {name}")
+    name = names[-1]
+    if isinstance(target, dict):
+        if name not in target:
+            raise UserError(f"model.overrides.{key}: no such key, {did_you_mean(name, target)}")
+        target[name] = value
+        return
+    groups = [group for group in vars(target).values() if isinstance(group, dict) and name in group]
+    if hasattr(target, name) and name in target.to_dict():
+        setattr(target, name, value)
+    elif groups:
+        for group in groups:
+            group[name] = value
+    else:
+        raise UserError(f"model.overrides.{key}: no such key, {did_you_mean(name, target.to_dict())}")
+
+
+def empty_model(own: Any, dtype: torch.dtype, attention: str | None, trust_remote_code: bool = False) -> Any:
+    """The model on the meta device: shapes without memory, its tied weights tied.
+
+    Raises:
+        UserError: no causal language model of this kind, or no such attention for it.
+    """
+    options = {} if attention is None else {"attn_implementation": attention}
+    try:
+        with torch.device("meta"), hf_init.meta_device_safe_creation_ops():
+            return AutoModelForCausalLM.from_config(own, dtype=dtype, trust_remote_code=trust_remote_code, **options)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"model: {' '.join(str(error).split())[:300]}") from error
+
+
+def weight_files(folder: str) -> list[str]:
+    """The safetensors files that hold a model folder's weights.
+
+    Raises:
+        UserError: there are none, or the folder's index names one that is not there.
+    """
+    root = Path(folder)
+    index = root / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    elif (root / "model.safetensors").exists():
+        names = ["model.safetensors"]
+    else:
+        names = sorted(path.name for path in root.glob("shard-*-model-*-of-*.safetensors"))
+    if not names:
+        other = sorted(path.name for path in [*root.glob("*.bin"), *root.glob("*.gguf")])
+        hint = f" (found {other[0]}: save it as safetensors with transformers first)" if other else ""
+        raise UserError(f"{folder}: a model folder without weights, no safetensors in it{hint}")
+    missing = [name for name in names if not (root / name).exists()]
+    if missing:
+        raise UserError(f"{folder}: {missing[0]} is named in its index and is not there; bring the model again")
+    return [str(root / name) for name in names]
+
+
+def is_checkpoint(folder: str) -> bool:
+    """Whether a model folder is a checkpoint of ours: shards as training wrote them."""
+    return any(Path(folder).glob("shard-*-model-*-of-*.safetensors"))
+
+
+def read_pretrained(
+    model: Any, empty: Callable[[], Any], folder: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Read a folder's safetensors into a sharded meta model; each rank reads what its shards need.
+
+    Args:
+        model: the sharded model.
+        empty: makes the same model on the meta device, not sharded (FSDP changes a model's class, and with it
+            what transformers knows of its weights' names).
+
+    Raises:
+        UserError: weights are missing, do not fit the configuration, or cannot be read.
+    """
+    load = LoadStateDictConfig(
+        pretrained_model_name_or_path=folder,
+        ignore_mismatched_sizes=True,  # They are refused below, with their names.
+        device_map={"": device},
+        dtype=dtype,
+        dtype_plan=model._get_dtype_plan(dtype),
+        weight_mapping=get_model_conversion_mapping(empty()),
+    )
+    handles = []
+    try:
+        slices: dict[str, Any] = {}
+        for file in weight_files(folder):
+            handle = safe_open(file, framework="pt")
+            handles.append(handle)
+            slices |= {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118 (not a dict)
+        whole = _read_whole(model, empty, slices, load)
+        info, _ = convert_and_load_state_dict_in_model(
+            model, {key: value for key, value in slices.items() if key not in whole.keys_read}, load
+        )
+    except SafetensorError as error:
+        raise UserError(f"{folder}: its weights cannot be read ({error}); bring the model again") from error
+    for name in whole.parameters:
+        info.missing_keys.discard(name)
+    refuse_unread(model, info, folder)
+    finish(model, info, load)
+
+
+class _Whole:
+    """What had to be read whole: checkpoint keys, and the parameters they became."""
+
+    def __init__(self) -> None:
+        self.keys_read: set[str] = set()
+        self.parameters: set[str] = set()
+
+
+def _read_whole(
+    model: Any, empty: Callable[[], Any], slices: dict[str, Any], load: LoadStateDictConfig
+) -> _Whole:
+    """Read parameters one at a time that cannot be read shard by shard, and keep this rank's part of each.
+
+    The reader cuts each tensor of the file before it converts it. That is right where experts are stacked
+    and each rank owns some of them. It is wrong where pieces are joined or split along the sharded dimension, and
+    impossible on a rank that owns no expert at all.
+    """
+    result = _Whole()
+    shapes = model.state_dict()
+    mapping = get_model_conversion_mapping(empty())  # A renaming remembers what it met: not the reader's own.
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = {
+        pattern: entry
+        for entry in mapping
+        if isinstance(entry, WeightConverter)
+        for pattern in entry.source_patterns
+    }
+    groups: dict[str, dict[str, Any]] = {}
+    for key, value in slices.items():
+        name, pattern = rename_source_key(
+            key, renamings, list(dict.fromkeys(converters.values())), model.base_model_prefix, shapes
+        )
+        if name in shapes and pattern is not None and not _reads_by_shard(converters[pattern], shapes[name]):
+            groups.setdefault(name, {})[key] = value
+    for group in groups.values():
+        part = _loaded_alone(empty(), group, load)
+        for name, full in part.items():
+            _set(model, name, full.to(load.device_map[""]))
+        result.keys_read |= set(group)
+        result.parameters |= set(part)
+    return result
+
+
+def _reads_by_shard(converter: WeightConverter, parameter: torch.Tensor) -> bool:
+    if not isinstance(parameter, DTensor):
+        return True
+    along_first = all(getattr(placement, "dim", 0) == 0 for placement in parameter.placements)
+    ranks = parameter.device_mesh.shape[-1]
+    every_rank_owns_some = -(-parameter.shape[0] // ranks) * (ranks - 1) < parameter.shape[0]
+    stacks = all(
+        (isinstance(operation, MergeModulelist) and operation.dim == 0)
+        or (isinstance(operation, Concatenate) and operation.dim > 0)
+        for operation in converter.operations
+    )
+    return along_first and every_rank_owns_some and stacks
+
+
+def _loaded_alone(plain: Any, group: dict[str, Any], load: LoadStateDictConfig) -> dict[str, torch.Tensor]:
+    """The full parameters that some checkpoint keys become, on the CPU."""
+    alone = LoadStateDictConfig(
+        dtype=load.dtype,
+        dtype_plan=load.dtype_plan,
+        weight_mapping=get_model_conversion_mapping(plain),
+        ignore_mismatched_sizes=True,
+    )
+    info, _ = convert_and_load_state_dict_in_model(plain, group, alone)
+    if info.conversion_errors:
+        raise UserError(f"the weights of {sorted(info.conversion_errors)[0]} do not convert")
+    return {name: value for name, value in plain.state_dict().items() if not value.is_meta}
+
+
+def _set(model: Any, name: str, full: torch.Tensor) -> None:
+    module_name, _, own_name = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    reference = getattr(module, own_name)
+    if full.shape != reference.shape:
+        raise UserError(f"weights of {name} have shape {tuple(full.shape)}, the configuration says {tuple(reference.shape)}")
+    value = full.to(reference.dtype)
+    if isinstance(reference, DTensor):
+        # Every rank has the same full tensor: cut it, with no communication.
+        value = distribute_tensor(
+            value, reference.device_mesh, reference.placements, src_data_rank=None
+        )
+    parameter = nn.Parameter(value, requires_grad=reference.requires_grad)
+    parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    setattr(module, own_name, parameter)
+
+
+def refuse_unread(model: Any, info: LoadStateDictInfo, folder: str) -> None:
+    """A weight that was not read would train from noise.
+
+    Raises:
+        UserError: names what is missing or has another shape.
+    """
+    if info.mismatched_keys:
+        name, found, expected = sorted(info.mismatched_keys, key=str)[0]
+        raise UserError(
+            f"{folder}: {name} has shape {tuple(found)}, the configuration says {tuple(expected)} "
+            f"({len(info.mismatched_keys)} weights do not fit); see model.overrides"
+        )
+    if info.conversion_errors:
+        raise UserError(f"{folder}: the weights of {sorted(info.conversion_errors)[0]} do not convert")
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    probe = LoadStateDictInfo(**{**info.__dict__, "missing_keys": info.missing_keys - tied})
+    model._adjust_missing_and_unexpected_keys(probe)
+    if probe.missing_keys:
+        names = sorted(probe.missing_keys)
+        raise UserError(f"{folder}: {len(names)} weights are missing, the first is {names[0]}")
+    if probe.unexpected_keys:
+        log.warning("weights in the folder that the model does not use: %s", ", ".join(sorted(probe.unexpected_keys)[:5]))
+
+
+def finish(model: Any, info: LoadStateDictInfo, load: LoadStateDictConfig) -> None:
+    """Fill the buffers that no file holds, tie what is tied, and go to training mode."""
+    model._finalize_model_loading(model, load, info)
+    model.train()
+
+
+def read_nothing(model: Any, dtype: torch.dtype, device: torch.device) -> None:
+    """Give a sharded meta model its memory and its computed buffers; weights come from a checkpoint next."""
+    with torch.no_grad():
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.is_meta:
+                    value = nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad)
+                    value._is_hf_initialized = True  # type: ignore[attr-defined]
+                    module.register_parameter(name, value)
+            for name, buffer in module.named_buffers(recurse=False):
+                if buffer.is_meta and name not in module._non_persistent_buffers_set:
+                    module.register_buffer(name, torch.empty_like(buffer, device=device))
+                    module._buffers[name]._is_hf_initialized = True  # type: ignore[union-attr]
+    model.tie_weights()
+    nothing: dict[str, Any] = {
+        "missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(),
+        "conversion_errors": {}, "error_msgs": [], "skipped_pp_keys": set(),
+    }  # fmt: skip
+    finish(model, LoadStateDictInfo(**nothing), LoadStateDictConfig(device_map={"": device}, dtype=dtype))
+
+
+def random_weights(model: Any, seed: int) -> Callable[[nn.Module, str], None]:
+    """A function that fills one part of a meta model with its own random initialisation, just before it is sharded.
+
+    Part by part, seeded by the part's name: the weights do not depend on the number of processes, and no
+    process ever holds more than one part whole.
+    """
+
+    def fill(part: nn.Module, name: str) -> None:
+        state = torch.random.get_rng_state()
+        torch.manual_seed(seed + int.from_bytes(name.encode()[-6:], "little"))
+        try:
+            for module in part.modules():
+                for key, parameter in module.named_parameters(recurse=False):
+                    if parameter.is_meta and not isinstance(parameter, DTensor):
+                        _fill_shared(model, parameter, nn.Parameter(torch.empty_like(parameter, device="cpu")))
+                for key, buffer in module.named_buffers(recurse=False):
+                    if buffer.is_meta:
+                        module._buffers[key] = torch.empty_like(buffer, device="cpu")
+            for module in reversed(list(part.modules())):
+                model._initialize_weights(module)
+        finally:
+            torch.random.set_rng_state(state)
+
+    return fill
+
+
+def _fill_shared(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
+    """Put a parameter in place of another everywhere that it stands."""
+    for module in model.modules():
+        for key, parameter in list(module._parameters.items()):
+            if parameter is old:
+                module._parameters[key] = new
+
+
+def refuse_uninitialised(model: nn.Module) -> None:
+    """No parameter or buffer may be left on the meta device, or hold what memory held before.
+
+    Raises:
+        RuntimeError: names it. (A bug of ours or of transformers, not of the user's.)
+    """
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            raise RuntimeError(f"{name} was left without memory")
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if local.is_floating_point() and not bool(torch.isfinite(local).all()):
+            raise RuntimeError(f"{name} was left uninitialised, or holds a value that is not finite")

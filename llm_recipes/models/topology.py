@@ -1,0 +1,225 @@
+"""Who this process is among the others. Nothing else in the library reads RANK or WORLD_SIZE.
+
+Ranks come from torchrun, srun or mpirun; without a launcher there is one process, on the same code path.
+torch is imported where it is used: `launched_rank` must answer before anything heavy is loaded.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from llm_recipes.config import ParallelConfig
+from llm_recipes.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed.device_mesh import DeviceMesh
+
+LAUNCHERS = {
+    # rank, number of ranks, rank on this host
+    "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+    "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+}
+PORT = 29500
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launcher says of this process."""
+
+    launcher: str | None
+    rank: int
+    ranks: int
+    local_rank: int
+
+
+def launch(environment: Mapping[str, str] = os.environ) -> Launch:
+    """Who this process is, from the first launcher whose three variables are all there."""
+    for launcher, names in LAUNCHERS.items():
+        if all(name in environment for name in names):
+            rank, ranks, local = (int(environment[name]) for name in names)
+            return Launch(launcher, rank, ranks, local)
+    return Launch(None, 0, 1, 0)
+
+
+def launched_rank() -> int | None:
+    """This process's rank, or None where no launcher started it."""
+    found = launch()
+    return found.rank if found.launcher else None
+
+
+def first_host(node_list: str) -> str:
+    """The first host of a SLURM node list: `n[3-5,9],m1` gives `n3`."""
+    match = re.match(r"([^,\[]+)(?:\[([^\]-]+?)[\],-])?", node_list)
+    if match is None:
+        raise UserError(f"SLURM_STEP_NODELIST={node_list}: no host in it; set MASTER_ADDR")
+    name, number = match.group(1), match.group(2)
+    return name + (number.split(",")[0] if number else "")
+
+
+@dataclass(frozen=True)
+class Topology:
+    """This process's place, handed to everyone who needs to know it."""
+
+    rank: int
+    ranks: int
+    local_rank: int
+    device: "torch.device"
+    mesh: "DeviceMesh"
+    """Dimensions (`shard`) or (`replicate`, `shard`); all of it is data-parallel."""
+    reshard_after_forward: bool
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        """Which part of each global batch is this process's."""
+        return self.rank
+
+    @property
+    def data_ranks(self) -> int:
+        return self.ranks
+
+    @property
+    def shard_ranks(self) -> int:
+        """Over how many processes a parameter is spread."""
+        return int(self.mesh["shard"].size())
+
+    def sum(self, tensor: "torch.Tensor") -> "torch.Tensor":
+        """Add a tensor up over all ranks, in place, on the device it is on."""
+        import torch.distributed as dist
+
+        dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        """A small Python value from every rank, on every rank."""
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.ranks
+        dist.all_gather_object(values, value)
+        return values
+
+    def from_first(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        import torch.distributed as dist
+
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def barrier(self) -> None:
+        import torch.distributed as dist
+
+        dist.barrier()
+
+    def agree(self, error: Exception | None) -> None:
+        """Raise on every rank what went wrong on any: a mistake seen by one rank must not hang the others.
+
+        Raises:
+            UserError: the first rank's mistake.
+        """
+        mine = (isinstance(error, UserError), str(error)) if error is not None else None
+        for rank, theirs in enumerate(self.gather(mine)):
+            if theirs is None:
+                continue
+            if rank == self.rank and error is not None and not theirs[0]:
+                raise error
+            if theirs[0]:
+                raise UserError(theirs[1])
+            raise RuntimeError(f"rank {rank} failed: {theirs[1]}")
+
+
+def start(config: ParallelConfig) -> Topology:
+    """Join the other processes, and lay the mesh that the configuration names.
+
+    Raises:
+        UserError: the ranks do not divide into the replicas asked for, or a launcher left no address.
+    """
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    me = launch()
+    on_cuda = torch.cuda.is_available()
+    if on_cuda and me.local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"local rank {me.local_rank} has no GPU of its own: this host has {torch.cuda.device_count()}; "
+            "start fewer processes on it"
+        )
+    device = torch.device("cuda", me.local_rank) if on_cuda else torch.device("cpu")
+    if on_cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        options: dict[str, Any] = {
+            "backend": "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
+            "rank": me.rank,
+            "world_size": me.ranks,
+            "timeout": timedelta(seconds=config.timeout_seconds),
+        }
+        if me.launcher is None:
+            options["store"] = dist.HashStore()
+        else:
+            _set_address(me)
+        dist.init_process_group(**options)
+
+    shape, names = mesh_shape(config, me.ranks, hosts=max(1, me.ranks // _local_size(me)))
+    return Topology(
+        rank=me.rank,
+        ranks=me.ranks,
+        local_rank=me.local_rank,
+        device=device,
+        mesh=init_device_mesh(device.type, shape, mesh_dim_names=names),
+        reshard_after_forward=config.sharding in ("full_shard", "hybrid_shard"),
+    )
+
+
+def mesh_shape(config: ParallelConfig, ranks: int, hosts: int) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """The mesh's shape and its dimensions' names for a sharding.
+
+    Raises:
+        UserError: the ranks do not divide into the replicas.
+    """
+    if config.sharding in ("full_shard", "shard_grad_op"):
+        return (ranks,), ("shard",)
+    replicas = ranks if config.sharding == "no_shard" else config.replicas or hosts
+    if ranks % replicas:
+        raise UserError(f"parallel.replicas={replicas} does not divide the {ranks} processes")
+    return (replicas, ranks // replicas), ("replicate", "shard")
+
+
+def _local_size(me: Launch) -> int:
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_STEP_TASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE"):
+        if me.launcher and name in os.environ:
+            return int(re.match(r"\d+", os.environ[name]).group())  # type: ignore[union-attr]
+    return me.ranks
+
+
+def _set_address(me: Launch) -> None:
+    """Where the processes meet: torchrun says it, SLURM's node list tells it, mpirun needs to be told."""
+    if "MASTER_ADDR" not in os.environ:
+        nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_NODELIST")
+        if me.launcher == "srun" and nodes:
+            os.environ["MASTER_ADDR"] = first_host(nodes)
+        elif me.ranks == _local_size(me):
+            os.environ["MASTER_ADDR"] = "localhost"
+        else:
+            raise UserError(f"{me.launcher} over several hosts: set MASTER_ADDR to the first one's address")
+    if "MASTER_PORT" not in os.environ:
+        job = int(re.sub(r"\D", "", os.environ.get("SLURM_JOB_ID", "0")) or 0)
+        os.environ["MASTER_PORT"] = str(PORT + job % 1000)
+
+
+def stop() -> None:
+    """Leave the other processes."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,1 @@
+"""What a run says: metrics on disk, progress on the terminal, W&B."""
