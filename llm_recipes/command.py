@@ -92,13 +92,16 @@ def run_verb(verb: str, function: Callable[[Any], None]) -> None:
     ConfigStore.instance().store(name=f"{verb}_schema", node=SCHEMAS[verb])
 
     def task(composed: DictConfig) -> None:
-        OmegaConf.resolve(composed)
-        missing = sorted(OmegaConf.missing_keys(composed))
-        if missing:
-            raise UserError(f"{', '.join(missing)}: needed, and not given (see --help)")
-        config = OmegaConf.to_object(composed)
-        check(verb, config)
-        function(config)
+        try:
+            OmegaConf.resolve(composed)
+            missing = sorted(OmegaConf.missing_keys(composed))
+            if missing:
+                raise UserError(f"{', '.join(missing)}: needed, and not given (see --help)")
+            config = OmegaConf.to_object(composed)
+            check(verb, config)
+            function(config)
+        except UserError as error:
+            fail(error)  # here already: Hydra would print a line of its own on the way
 
     main = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=verb)(task)
     try:

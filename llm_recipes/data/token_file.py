@@ -9,6 +9,7 @@ Source: Megatron-LM, `megatron/core/datasets/indexed_dataset.py`.
 as uint32. Both may be missing: files that others wrote open too.
 """
 
+import contextlib
 import dataclasses
 import json
 import mmap
@@ -319,6 +320,7 @@ class TokenFileWriter:
     def abort(self) -> None:
         """Remove everything that was written so far."""
         for file in self._files.values():
-            file.close()
+            with contextlib.suppress(OSError):  # on a full disk, what is still buffered fails once more
+                file.close()
         for ending in ("bin", "bytes", "lengths", "idx", "json"):
             self._partial(ending).unlink(missing_ok=True)

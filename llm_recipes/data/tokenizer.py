@@ -86,7 +86,7 @@ def resolve(path: str, allow_code: bool = False) -> str:
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise UserError(f"{path}: no such model folder")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md"]
     try:

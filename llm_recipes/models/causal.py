@@ -1,0 +1,170 @@
+"""A causal language model that answers with per-token losses: what objectives and validation call."""
+
+import logging
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from llm_recipes.config import ModelConfig, ParallelConfig
+from llm_recipes.data.documents import IGNORE
+from llm_recipes.data.stream import Batch
+from llm_recipes.errors import UserError
+from llm_recipes.models import head, loading, masking, sharding
+from llm_recipes.models import layers as layer_options
+from llm_recipes.models.flops import Cost, cost
+from llm_recipes.models.topology import Topology
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class CausalLM:
+    """A sharded model, and how it is fed.
+
+    Attributes:
+        model: the Hugging Face model.
+        topology: where this process stands.
+        precision: dtypes.
+        cost: parameters and operations.
+        masking: how documents are kept apart.
+        loss_head: the model's head that answers with losses, where it is a linear one.
+        use_loss_head: whether that has been shown to equal the model's own logits.
+    """
+
+    model: Any
+    topology: Topology
+    precision: sharding.Precision
+    cost: Cost
+    masking: masking.Masking
+    loss_head: head.LossHead | None
+    use_loss_head: bool = False
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the input embedding."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        return sharding.layers(self.model)
+
+    def logits(self, batch: Batch, way: masking.Masking | None = None) -> torch.Tensor:
+        """The model's own logits, (B, T, V)."""
+        output = self.model(**(way or self.masking).arguments(batch))
+        return output.logits.reshape(*batch["input_ids"].shape, -1)  # type: ignore[no-any-return]
+
+    def token_losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Cross entropy of each target in nats, fp32 (B, T), 0 where ignored; and of a mixture of experts
+        that asks for it (`output_router_logits`) the auxiliary loss of each window, fp32 (B,), unweighted."""
+        targets = batch["targets"]
+        arguments = self.masking.arguments(batch)
+        if self.use_loss_head and self.loss_head is not None:
+            self.loss_head.targets = targets
+            try:
+                output = self.model(**arguments)
+            finally:
+                self.loss_head.targets = None
+            losses = output.logits
+        else:
+            output = self.model(**arguments)
+            losses = head.logits_losses(output.logits.reshape(-1, output.logits.shape[-1]), targets.reshape(-1))
+        return losses.reshape(targets.shape), self._router_losses(output, batch)
+
+    @property
+    def router_weight(self) -> float:
+        """The weight of a mixture of experts' auxiliary loss, from its configuration; 0 where it has none."""
+        text = self.model.config.get_text_config()
+        if not getattr(text, "output_router_logits", False):
+            return 0.0
+        return float(getattr(text, "router_aux_loss_coef", 0.0))
+
+    def _router_losses(self, output: Any, batch: Batch) -> torch.Tensor | None:
+        """The model family's own load-balancing loss, window by window: a product of means over what it is
+        computed over, it would else depend on the micro-batch. Padding does not count."""
+        router_logits = getattr(output, "router_logits", None)
+        if not self.router_weight or not router_logits:
+            return None
+        own = getattr(sys.modules[_original_class(self.model).__module__], "load_balancing_loss_func", None)
+        if own is None:
+            raise UserError("output_router_logits is set, and this model family has no load_balancing_loss_func")
+        text = self.model.config.get_text_config()
+        experts = int(router_logits[0].shape[-1])
+        counted = (batch["targets"] != IGNORE).to(torch.int64)
+        rows = batch["input_ids"].shape[0]
+        per_window = [
+            own(
+                tuple(layer.reshape(rows, -1, experts)[row] for layer in router_logits),
+                experts,
+                text.num_experts_per_tok,
+                counted[row : row + 1],
+            )
+            for row in range(rows)
+        ]
+        return torch.stack(per_window).float()
+
+
+def _original_class(model: nn.Module) -> type:
+    """The model's class before FSDP made a subclass of it."""
+    return next(each for each in type(model).__mro__ if not issubclass(each, FSDPModule))
+
+
+def build(
+    config: ModelConfig,
+    parallel: ParallelConfig,
+    topology: Topology,
+    folder: str,
+    mask_documents: bool,
+    seed: int,
+    weights: bool = True,
+) -> CausalLM:
+    """Open, shard and fill a model.
+
+    Args:
+        folder: the model's local folder.
+        mask_documents: whether documents are to be kept apart (how is found by `proofs`).
+        seed: of random weights.
+        weights: read the folder's weights, or make random ones; False where a checkpoint brings them.
+
+    Raises:
+        UserError: what the folder, the configuration or this device does not allow.
+    """
+    precision = sharding.precision_for(parallel, topology.device)
+    own = loading.open_config(config, folder)
+    attention = None if config.attention == "auto" else config.attention
+
+    def empty() -> Any:
+        return loading.empty_model(own, precision.storage, attention, config.trust_remote_code)
+
+    model = empty()
+    price = cost(model)
+    loss_head = head.install(model)
+    layers = sharding.layers(model)
+    layer_options.prepare(layers, config.activation_checkpointing, config.compile)
+    random = weights and config.init == "random"
+    fill = loading.random_weights(model, seed) if random else None
+    sharding.shard(model, topology, precision, parallel.cpu_offload, fill)
+    where = torch.device("cpu") if parallel.cpu_offload else topology.device
+    if random:
+        model.train()
+    elif weights and not loading.is_checkpoint(folder):
+        loading.read_pretrained(model, empty, folder, precision.storage, where)
+    else:
+        loading.read_nothing(model, precision.storage, where)
+    log.info(
+        "model %s: %s parameters (%s active), %d layers, attention %s (%s), %s",
+        model.config.model_type,
+        f"{price.parameters:,}",
+        f"{price.active_parameters:,}",
+        len(layers),
+        model.config._attn_implementation,
+        "asked for" if attention else "what transformers chooses for this model here",
+        precision.name,
+    )
+    way = masking.Masking(
+        "positions" if mask_documents else "none", masking.accepted_arguments(model), precision.compute
+    )
+    return CausalLM(model, topology, precision, price, way, loss_head)

@@ -1,0 +1,78 @@
+"""What a token costs: floating point operations, from the model's own shapes.
+
+Per token and training step, 6 operations for each weight that multiplies it (2 forward, 4 backward) and
+12 * layers * heads * head_dim * seq_len for attention (scores and their use, over the whole window);
+recomputation is not counted. (Chowdhery et al., "PaLM", 2022, appendix B; torchtitan counts so too.)
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+PEAK_FLOPS = {
+    # Dense bf16, per device, from the vendors' data sheets.
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "B200": 2250e12,
+}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 peak of a device, or None for one that is not in the table: then there is no MFU."""
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters and operations of a model."""
+
+    parameters: int
+    active_parameters: int
+    """Of a mixture of experts: those that one token meets."""
+    matrix_parameters: int
+    """Those that a token is multiplied with."""
+    attention_width: int
+    """Layers * heads * head_dim."""
+
+    def per_token(self, seq_len: int) -> float:
+        """Operations per token of a training step."""
+        return 6 * self.matrix_parameters + 12 * self.attention_width * seq_len
+
+
+def _first(config: Any, *names: str) -> int | None:
+    return next((int(value) for name in names if isinstance(value := getattr(config, name, None), int)), None)
+
+
+def cost(model: Any) -> Cost:
+    """Count a model's parameters and what a token costs, from its modules and its configuration.
+
+    A linear layer's weight multiplies every token, the output head's too (tied or not), an embedding's none.
+    Of fused experts (three axes, the first as many as there are experts) a token meets `top_k`.
+    """
+    text = model.config.get_text_config()
+    experts = _first(text, "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    top_k = _first(text, "num_experts_per_tok", "moe_k", "top_k_experts", "moe_topk", "num_experts_per_token")
+    share = top_k / experts if experts and top_k else 1.0
+
+    total, active, matrix = 0.0, 0.0, 0.0
+    seen: set[int] = set()
+    embedding = model.get_input_embeddings()
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            expert = experts is not None and parameter.ndim >= 3 and parameter.shape[0] == experts
+            size = parameter.numel() * (share if expert else 1)
+            # A tied weight is stored once, and multiplies where it is the head.
+            is_matrix = parameter.ndim >= 2 and not isinstance(module, nn.Embedding) and module is not embedding
+            matrix += size if is_matrix else 0
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                total += parameter.numel()
+                active += size
+    layers = _first(text, "num_hidden_layers", "n_layer", "num_layers", "n_layers") or 0
+    heads = _first(text, "num_attention_heads", "n_head", "n_heads", "num_heads") or 0
+    hidden = _first(text, "hidden_size", "n_embd", "d_model") or 0
+    head_dim = _first(text, "head_dim") or (hidden // heads if heads else 0)
+    return Cost(int(total), int(active), int(matrix), layers * heads * head_dim)

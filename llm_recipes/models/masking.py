@@ -1,0 +1,139 @@
+"""How documents in one window are kept apart, shown on the real model.
+
+Which way works depends on the model and its attention, and a way that does not work leaks in silence: so each
+is tried on two documents before training, and the first that isolates them is used.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from llm_recipes.data.documents import window
+from llm_recipes.data.stream import Batch, stack
+
+WAYS = {
+    "positions": "positions that restart",
+    "flat": "positions that restart, all windows in one row",
+    "block": "an explicit mask per document",
+}
+
+
+@dataclass(frozen=True)
+class Masking:
+    """How a batch becomes the model's arguments.
+
+    Args:
+        way: a key of `WAYS`, or `none`: one attention over the whole window.
+        accepts: names of the arguments that the model's forward takes.
+        dtype: of an explicit mask; the compute dtype.
+    """
+
+    way: str
+    accepts: frozenset[str]
+    dtype: torch.dtype
+
+    def arguments(self, batch: Batch) -> dict[str, Any]:
+        """The model's keyword arguments for a batch."""
+        ids, positions = batch["input_ids"], batch["position_ids"]
+        if self.way == "flat":
+            ids, positions = ids.reshape(1, -1), positions.reshape(1, -1)
+        arguments: dict[str, Any] = {"input_ids": ids}
+        if "position_ids" in self.accepts:
+            arguments["position_ids"] = positions
+        if "use_cache" in self.accepts:
+            arguments["use_cache"] = False
+        if self.way == "block":
+            arguments["attention_mask"] = block_mask(batch["document_ids"], self.dtype)
+        return arguments
+
+
+def block_mask(document_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """0 where a token may look (itself and earlier ones of its own document), the lowest number elsewhere.
+
+    Args:
+        document_ids: int64 (B, T).
+
+    Returns:
+        (B, 1, T, T), to be added to attention scores.
+    """
+    length = document_ids.shape[1]
+    same = document_ids[:, :, None] == document_ids[:, None, :]
+    earlier = torch.ones(length, length, dtype=torch.bool, device=document_ids.device).tril()
+    return torch.where(same & earlier, 0.0, torch.finfo(dtype).min).to(dtype)[:, None]
+
+
+def accepted_arguments(model: Any) -> frozenset[str]:
+    """Names of the arguments of a model's forward; `use_cache` too where it takes anything."""
+    parameters = inspect.signature(model.forward).parameters
+    names = set(parameters)
+    if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values()):
+        names.add("use_cache")
+    return frozenset(names)
+
+
+def ways_to_try(model: Any, accepts: frozenset[str]) -> list[str]:
+    """The ways that could work with this model's attention, cheapest first."""
+    attention = str(getattr(model.config, "_attn_implementation", ""))
+    text = model.config.get_text_config()
+    ways = []
+    if "position_ids" in accepts:
+        # Flash attention takes packed documents from positions in a single row only.
+        ways.append("flat" if "flash" in attention else "positions")
+    # An explicit mask would take the place of a sliding window.
+    if "flash" not in attention and getattr(text, "sliding_window", None) is None:
+        ways.append("block")
+    return ways
+
+
+@dataclass(frozen=True)
+class Isolation:
+    """What a trial of one way of masking showed. Differences of logits, largest over tokens and vocabulary."""
+
+    leak: float
+    """Of the second document, when every token of the first is another."""
+    noise: float
+    """Of a row, when another row of the batch changes."""
+    apart: float
+    """Root mean square between the second document packed and alone, over that of its logits."""
+
+    def holds(self, dtype: torch.dtype) -> bool:
+        """Bitwise for most models; some mixtures of experts differ by their numeric noise."""
+        isolated = self.leak == 0 or self.leak <= 10 * self.noise
+        return isolated and self.apart <= (1e-3 if dtype == torch.float32 else 0.1)
+
+
+FIRST, SECOND = 13, 21
+"""Tokens of the two documents in a trial."""
+
+
+def try_masking(logits: Callable[[Batch], torch.Tensor], vocabulary: int, device: torch.device) -> Isolation:
+    """Run two packed documents through a model, and see whether the second knows of the first.
+
+    Args:
+        logits: the model's logits of a batch, (B, T, V).
+        vocabulary: ids to draw from.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(length: int) -> Any:
+        return torch.randint(vocabulary, (length + 1,), generator=generator).numpy()
+
+    first, other, second = draw(FIRST), draw(FIRST), draw(SECOND)
+
+    def run(*rows: list[Any]) -> torch.Tensor:
+        batch = stack([window(documents, FIRST + SECOND, separate=True) for documents in rows])
+        with torch.no_grad():
+            return logits({key: value.to(device) for key, value in batch.items()}).float()
+
+    packed = run([first, second], [first, second])
+    changed = run([other, second], [first, second])
+    alone = run([second], [second])
+    inside = packed[0, FIRST:]
+    return Isolation(
+        leak=float((changed[0, FIRST:] - inside).abs().max()),
+        noise=float((changed[1] - packed[1]).abs().max()),
+        apart=float((alone[0, :SECOND] - inside).pow(2).mean().sqrt() / inside.pow(2).mean().sqrt()),
+    )

@@ -1,0 +1,12 @@
+"""What pyproject.toml cannot say: rooms that are found by themselves, and conf/ from beside the package.
+
+The checkout keeps conf/ at its top, where a user reads it; a wheel carries it as llm_recipes/conf.
+"""
+
+from setuptools import find_packages, setup
+
+setup(
+    packages=[*find_packages(include=["llm_recipes", "llm_recipes.*"]), "llm_recipes.conf"],
+    package_dir={"llm_recipes.conf": "conf"},
+    package_data={"llm_recipes.conf": ["**/*.yaml"]},
+)
