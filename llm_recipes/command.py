@@ -33,7 +33,9 @@ def known_keys(verb: str) -> list[str]:
     keys: list[str] = []
 
     def walk(node: Any, where: str) -> None:
-        for name, value in node.items_ex(resolve=False) if isinstance(node, DictConfig) else []:
+        if not isinstance(node, DictConfig) or node._is_none():
+            return
+        for name, value in node.items_ex(resolve=False):
             keys.append(f"{where}{name}")
             walk(value, f"{where}{name}.")
 
@@ -51,7 +53,9 @@ def explain(error: BaseException, verb: str) -> str:
     key = unknown.group(1) if unknown and "override" in text else getattr(cause, "full_key", None)
     first = str(cause).splitlines()[0]
     if key and ("not in" in first or "not in" in text or "not in struct" in text):
+        group = key.rpartition(".")[0]
         keys = known_keys(verb)
+        keys = [known for known in keys if known.rpartition(".")[0] == group] or keys
         return f"unknown key '{key}', {did_you_mean(_nearest_form(key, keys), keys)}"
     if isinstance(cause, MissingMandatoryValue):
         name = key or first.rsplit(" ", 1)[-1]

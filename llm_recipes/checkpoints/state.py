@@ -1,0 +1,200 @@
+"""Saving and restoring a run: sharded safetensors and JSON, nothing else.
+
+`model/` holds the weights under transformers' names, with config and tokenizer beside them: a model folder.
+`optimizer/` holds `<parameter>.exp_avg`, `.exp_avg_sq` and `.step`, and no hyperparameters: those are the
+configuration's. A parameter that never had a gradient has no state, and the manifest names it.
+"""
+
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+from llm_recipes.checkpoints import manifest
+from llm_recipes.errors import UserError
+from llm_recipes.models.topology import Topology
+
+log = logging.getLogger(__name__)
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model")
+OTHER_FILES = ("generation_config.json", "chat_template*", "LICENSE*")
+
+
+def model_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters (a tied one once) and persistent buffers, by name."""
+    state: dict[str, torch.Tensor] = {name: each.data for name, each in model.named_parameters()}
+    persistent = set(model.state_dict())
+    state |= {name: each for name, each in model.named_buffers() if name in persistent}
+    return state
+
+
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """The optimizer's tensors by parameter name, and the parameters that have none."""
+    state: dict[str, torch.Tensor] = {}
+    absent = []
+    for name, parameter in model.named_parameters():
+        own = optimizer.state.get(parameter)
+        if not own:
+            absent.append(name)
+            continue
+        for moment in MOMENTS:
+            state[f"{name}.{moment}"] = own[moment]
+        state[f"{name}.step"] = own["step"].reshape(1)
+    return state, absent
+
+
+def copy_model_files(source: Path, target: Path) -> None:
+    """Tokenizer, generation configuration and licence, as they are."""
+    for pattern in (*TOKENIZER_FILES, *OTHER_FILES):
+        for path in source.glob(pattern):
+            if path.is_file() and path.suffix not in (".safetensors", ".bin"):
+                shutil.copyfile(path, target / path.name)
+
+
+def write_config(model: Any, target: Path) -> None:
+    """`config.json` of the model as it trains, without what only this process knows."""
+    model.config.save_pretrained(target)
+
+
+def save(
+    root: Path,
+    step: int,
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    base: Path,
+    run_files: Mapping[str, str],
+    topology: Topology,
+) -> Path:
+    """Write a checkpoint beside, verify it, then give it its name.
+
+    Args:
+        root: the run's `checkpoints/`.
+        step: steps that are done.
+        state: goes to `state.json`.
+        base: the folder whose tokenizer and licence go with the model.
+        run_files: name and text of further files (configuration, environment).
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written.
+    """
+    started = time.monotonic()
+    final = root / manifest.folder_name(step)
+    partial = final.with_name(final.name + manifest.PARTIAL)
+    error: Exception | None = None
+    try:
+        if topology.is_first:
+            shutil.rmtree(partial, ignore_errors=True)
+            (partial / "model").mkdir(parents=True)
+            (partial / "optimizer").mkdir()
+            write_config(model, partial / "model")
+            copy_model_files(base, partial / "model")
+            for name, text in run_files.items():
+                (partial / name).write_text(text, encoding="utf-8")
+            (partial / "state.json").write_text(json.dumps(dict(state), indent=2) + "\n", encoding="utf-8")
+    except OSError as problem:
+        error = problem
+    _agree_written(error, partial, topology)
+    moments, absent = optimizer_state(model, optimizer)
+    try:
+        _write(model_state(model), partial / "model")
+        if moments:
+            _write(moments, partial / "optimizer")
+        files = manifest.describe(partial, topology)
+        if topology.is_first:
+            content = {"step": step, "files": files, "without_optimizer_state": absent}
+            path = partial / manifest.MANIFEST
+            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            manifest.sync(path)
+            for folder in (partial / "model", partial / "optimizer", partial):
+                manifest.sync(folder)
+            shutil.rmtree(final, ignore_errors=True)
+            os.rename(partial, final)
+            manifest.sync(root)
+    except (OSError, RuntimeError) as problem:
+        error = problem
+    except Exception as problem:  # torch wraps a rank's OSError in an exception of its own
+        if "OSError" not in str(problem) and "No space" not in str(problem):
+            raise
+        error = problem
+    _agree_written(error, partial, topology)
+    log.info("checkpoint %s, %.1f s", final, time.monotonic() - started)
+    return final
+
+
+def _agree_written(error: Exception | None, partial: Path, topology: Topology) -> None:
+    problems = [problem for problem in topology.gather(str(error) if error else None) if problem]
+    if not problems:
+        return
+    if topology.is_first:
+        shutil.rmtree(partial, ignore_errors=True)
+    reason = next((line for text in problems for line in text.splitlines() if "Errno" in line), problems[0])
+    raise UserError(
+        f"{partial}: the checkpoint cannot be written ({reason.strip()}); free space or mend the folder, then run the "
+        "same command: it goes on from the last checkpoint"
+    )
+
+
+def _write(tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+
+
+def _read(tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
+
+
+def read_model(model: nn.Module, folder: Path) -> None:
+    """Read a checkpoint's `model/` into a sharded model, in place; each rank reads what its shards need."""
+    _read(model_state(model), folder)
+
+
+def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Read a whole checkpoint into a model and its optimizer. The learning rate is not among what is read.
+
+    Returns:
+        What `state.json` holds.
+    """
+    read_model(model, folder / "model")
+    content = json.loads((folder / manifest.MANIFEST).read_text(encoding="utf-8"))
+    absent = set(content["without_optimizer_state"])
+    state: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if name in absent:
+            continue
+        local = parameter.detach()
+        own = {moment: torch.zeros_like(local) for moment in MOMENTS}
+        own["step"] = torch.zeros(1, dtype=torch.float32, device=local.device)
+        state |= {f"{name}.{key}": value for key, value in own.items()}
+        optimizer.state[parameter] = own
+    if state:
+        _read(state, folder / "optimizer")
+    for own in optimizer.state.values():
+        own["step"] = own["step"].reshape(())
+    return dict(json.loads((folder / "state.json").read_text(encoding="utf-8")))
+
+
+def newest_intact(root: Path, topology: Topology) -> Path | None:
+    """The newest checkpoint that is whole; damaged ones are named in the log. None where there is none at all.
+
+    Raises:
+        UserError: there are checkpoints, and none is whole.
+    """
+    found = topology.from_first([str(path) for path in manifest.checkpoints(root)])
+    for each in found:
+        problem = manifest.damage(Path(each), topology)
+        if problem is None:
+            return Path(each)
+        log.warning("%s is damaged: %s; looking at the one before it", each, problem)
+    if found:
+        raise UserError(f"{root}: none of its {len(found)} checkpoints is whole; the run cannot be continued")
+    return None

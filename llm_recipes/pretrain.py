@@ -1,0 +1,15 @@
+"""Continue the pretraining of a model: `torchrun -m llm_recipes.pretrain +exp=swallow_ms`."""
+
+from llm_recipes.command import run_verb
+from llm_recipes.config import PretrainConfig
+
+
+def main(config: PretrainConfig) -> None:
+    """Run, or continue, what the configuration describes."""
+    from llm_recipes.training.run import pretrain
+
+    pretrain(config)
+
+
+if __name__ == "__main__":
+    run_verb("pretrain", main)

@@ -1,0 +1,140 @@
+"""What is shown of the real model on its first batch before a step is taken, each with a line in the log."""
+
+import logging
+import math
+from dataclasses import replace
+
+import torch
+
+from llm_recipes.data.documents import IGNORE
+from llm_recipes.data.stream import Batch
+from llm_recipes.errors import UserError
+from llm_recipes.models import masking
+from llm_recipes.models.causal import CausalLM
+from llm_recipes.models.head import logits_losses
+
+log = logging.getLogger(__name__)
+
+SLICE = 64
+"""Tokens on which the head is compared: few, so that the proof does not need the memory that it saves."""
+
+
+def isolate_documents(lm: CausalLM, wanted: bool) -> None:
+    """Find the way of masking that keeps this model's documents apart, and use it.
+
+    Raises:
+        UserError: none does, with the choice that is left.
+    """
+    if not wanted:
+        log.info("documents: not masked (data.mask_documents=false), attention runs over the whole window")
+        return
+    tried = []
+    for way in masking.ways_to_try(lm.model, lm.masking.accepts):
+        candidate = replace(lm.masking, way=way)
+
+        def logits(batch: Batch, candidate: masking.Masking = candidate) -> torch.Tensor:
+            return lm.logits(batch, candidate)
+
+        try:
+            found = masking.try_masking(logits, lm.vocabulary, lm.topology.device)
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+            tried.append(f"{masking.WAYS[way]}: {type(error).__name__}")
+            continue
+        # Every rank ran the same trial; a rounding difference between them must not send them different ways.
+        if all(lm.topology.gather(found.holds(lm.precision.compute))):
+            lm.masking = candidate
+            log.info("documents: isolated by %s (leak %.2g, noise %.2g)", masking.WAYS[way], found.leak, found.noise)
+            return
+        tried.append(f"{masking.WAYS[way]}: leak {found.leak:.2g}, alone differs by {found.apart:.2g}")
+    raise UserError(
+        f"data.mask_documents=true: this model ({lm.model.config.model_type}) cannot keep documents in a window apart "
+        f"({'; '.join(tried) or 'no way to try'}); set data.mask_documents=false to train over document boundaries, "
+        "or try another model.attention"
+    )
+
+
+def head_equals_logits(lm: CausalLM, batch: Batch) -> None:
+    """Use the head that returns losses only where it has been shown to give the model's own.
+
+    Two trials: logits of large known values must come out of the model as they went into its head (soft-capping,
+    scaling and slicing show at any weights); and the losses of a short slice must be those of the model's logits.
+    """
+    if lm.loss_head is None:
+        log.info("head: the model's own logits (its output head is not a plain linear layer)")
+        return
+    short = {key: value[:1, :SLICE] if value.ndim == 2 else value[:1] for key, value in batch.items()}
+    targets = short["targets"]
+    with torch.no_grad():
+        shape = (*targets.shape, lm.vocabulary)
+        planted = torch.linspace(-80, 80, math.prod(shape), device=targets.device).to(lm.precision.compute).view(shape)
+        lm.loss_head.answer = planted if lm.masking.way != "flat" else planted.view(1, -1, lm.vocabulary)
+        try:
+            untouched = bool(torch.equal(lm.logits(short).to(planted.dtype), planted))
+        except RuntimeError:
+            untouched = False
+        finally:
+            lm.loss_head.answer = None
+        own = logits_losses(lm.logits(short).reshape(-1, lm.logits(short).shape[-1]), targets.reshape(-1))
+        lm.use_loss_head = True
+        try:
+            ours = lm.token_losses(short)[0].reshape(-1)
+        except RuntimeError:
+            ours = torch.full_like(own, math.inf)
+    tolerance = 1e-4 if lm.precision.compute == torch.float32 else 3e-2
+    worst = float(((ours - own).abs() / (1 + own.abs())).max())
+    equal = untouched and worst <= tolerance
+    lm.use_loss_head = all(lm.topology.gather(equal))
+    if lm.use_loss_head:
+        log.info("head: losses without logits, equal to the model's own on %d tokens (%.1g)", targets.numel(), worst)
+    else:
+        why = f"losses differ by {worst:.2g}" if untouched else "the model changes its logits after its head"
+        log.info("head: the model's own logits (%s)", why)
+
+
+def neighbours(batch: Batch) -> dict[int, torch.Tensor]:
+    """Targets one place too early and one too late, within their document; IGNORE where there are none."""
+    targets, documents = batch["targets"], batch["document_ids"]
+    later = torch.full_like(targets, IGNORE)
+    inside = (documents[:, 1:] == documents[:, :-1]) & (targets[:, :-1] != IGNORE)
+    later[:, :-1] = torch.where(inside, targets[:, 1:], IGNORE)
+    earlier = torch.where(targets != IGNORE, batch["input_ids"], IGNORE)
+    return {-1: earlier, 1: later}
+
+
+def labels_aligned(lm: CausalLM, batch: Batch) -> None:
+    """Judge on real data that the model is asked for the token it was trained to give.
+
+    A pretrained model predicts the next token better than the one it is standing on, and than the one after.
+
+    Raises:
+        UserError: the model beats chance (loss < ln V - 0.5), and a neighbouring offset is better by more than
+            three standard errors.
+    """
+    topology = lm.topology
+    with torch.no_grad():
+        aligned, _ = lm.token_losses(batch)
+        counted = batch["targets"] != IGNORE
+        sums = topology.sum(torch.stack([aligned.double().sum(), counted.sum().double()]))
+        loss = float(sums[0] / sums[1])
+        chance = math.log(lm.vocabulary)
+        if not loss < chance - 0.5:
+            log.info("labels: not judged, the model is no better than chance (loss %.3f, ln V %.3f)", loss, chance)
+            return
+        shown = []
+        for offset, targets in neighbours(batch).items():
+            losses, _ = lm.token_losses({**batch, "targets": targets})
+            both = counted & (targets != IGNORE)
+            gain = torch.where(both, aligned - losses, 0.0).double()
+            total, squares, n = topology.sum(
+                torch.stack([gain.sum(), gain.square().sum(), both.sum().double()])
+            ).tolist()
+            mean = total / max(n, 1)
+            error = math.sqrt(max(squares / max(n, 1) - mean**2, 0.0) / max(n, 1))
+            if mean > 3 * error:
+                raise UserError(
+                    f"labels are not aligned: targets shifted by {offset:+d} fit the model better by {mean:.3f} nats "
+                    f"(standard error {error:.3f}) than the ones it would be trained on; the data or the model's "
+                    "forward shifts them"
+                )
+            shown.append(f"{offset:+d}: {loss - mean:.3f}")
+    log.info("labels: aligned (loss %.3f, shifted by %s, ln V %.3f)", loss, ", ".join(shown), chance)
