@@ -36,8 +36,8 @@ def known_keys(verb: str) -> list[str]:
         if not isinstance(node, DictConfig) or node._is_none():
             return
         for name, value in node.items_ex(resolve=False):
-            keys.append(f"{where}{name}")
-            walk(value, f"{where}{name}.")
+            keys.append(f"{where}{name!s}")
+            walk(value, f"{where}{name!s}.")
 
     walk(OmegaConf.structured(SCHEMAS[verb]), "")
     return keys

@@ -88,16 +88,17 @@ def describe(folder: Path, topology: Topology) -> dict[str, dict[str, Any]]:
     return dict(sorted(merged.items()))
 
 
-def damage(folder: Path, topology: Topology) -> str | None:
+def damage(folder: Path, topology: Topology | None = None) -> str | None:
     """What is wrong with a checkpoint, or None where every file is there with its size and checksum.
 
-    The ranks share the reading out; all get the same answer.
+    The ranks share the reading out; all get the same answer. Without a topology this process reads everything.
     """
+    rank, ranks = (topology.rank, topology.ranks) if topology else (0, 1)
     mine: str | None = None
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         entries = sorted(manifest["files"].items())
-        for name, entry in entries[topology.rank :: topology.ranks]:
+        for name, entry in entries[rank::ranks]:
             path = folder / name
             if not path.is_file():
                 mine = f"{name} is missing"
@@ -109,7 +110,7 @@ def damage(folder: Path, topology: Topology) -> str | None:
                 break
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         mine = f"its manifest cannot be read ({type(error).__name__}: {error})"
-    return next((found for found in topology.gather(mine) if found), None)
+    return next((found for found in (topology.gather(mine) if topology else [mine]) if found), None)
 
 
 def retain(root: Path, keep: int | None, keep_every: int | None) -> None:

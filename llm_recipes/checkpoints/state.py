@@ -31,11 +31,8 @@ OTHER_FILES = ("generation_config.json", "chat_template*", "LICENSE*")
 
 
 def model_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters (a tied one once) and persistent buffers, by name."""
-    state: dict[str, torch.Tensor] = {name: each.data for name, each in model.named_parameters()}
-    persistent = set(model.state_dict())
-    state |= {name: each for name, each in model.named_buffers() if name in persistent}
-    return state
+    """Parameters and persistent buffers, by name. A tied one stands under both: so transformers opens the folder."""
+    return {name: each for name, each in model.state_dict().items() if isinstance(each, torch.Tensor)}
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], list[str]]:

@@ -8,6 +8,7 @@ which Euclid's algorithm gives in logarithmic time; seeking costs nothing.
 """
 
 import bisect
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -67,12 +68,12 @@ class Shares:
     def _block_counts(self, block: int) -> list[int]:
         offset = self._offset(block)
         places = [(bound + offset) // UNIT for bound in self._bounds]
-        return [end - start for start, end in zip(places[:-1], places[1:], strict=True)]
+        return [end - start for start, end in itertools.pairwise(places)]
 
     def _blocks_before(self, block: int) -> list[int]:
         """Places of each source in blocks 0 .. block-1."""
         sums = [floor_sum(block, UNIT, GOLDEN, bound + self._start) for bound in self._bounds]
-        return [end - start for start, end in zip(sums[:-1], sums[1:], strict=True)]
+        return [end - start for start, end in itertools.pairwise(sums)]
 
     def _make_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """For each place of a block, its source, and that source's number counted from the very first block."""

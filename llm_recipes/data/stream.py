@@ -7,7 +7,7 @@ Kinds of index, from the outside in:
     window    a source's window, read as documents (`windows`), laid out as arrays (`documents`)
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -85,7 +85,7 @@ class GlobalBatches:
     def __init__(
         self,
         samples: Samples,
-        spans: Sequence[tuple[int, int]],
+        spans: Iterable[tuple[int, int]],
         micro_batch_size: int,
         rank: int,
         ranks: int,
@@ -129,7 +129,7 @@ class GlobalBatches:
 class _Positions:
     """The sampler: every micro-batch of every step, in order."""
 
-    def __init__(self, spans: Sequence[tuple[int, int]], rank_positions: Any) -> None:
+    def __init__(self, spans: Iterable[tuple[int, int]], rank_positions: Any) -> None:
         self.spans, self.rank_positions = spans, rank_positions
 
     def __iter__(self) -> Iterator[list[int]]:

@@ -18,7 +18,7 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import xxhash
@@ -223,7 +223,9 @@ class TokenFile:
                 raise UserError(f"{self.file(ending)}: its checksum is {found}, the sidecar says {expected}")
         largest = max(int(self._tokens[i : i + CHUNK].max()) for i in range(0, self.tokens, CHUNK))
         if largest != self.sidecar.largest_token_id:
-            raise UserError(f"{self.file('bin')}: largest id {largest}, the sidecar says {self.sidecar.largest_token_id}")
+            raise UserError(
+                f"{self.file('bin')}: largest id {largest}, the sidecar says {self.sidecar.largest_token_id}"
+            )
 
 
 class TokenFileWriter:
@@ -243,10 +245,13 @@ class TokenFileWriter:
         self.largest_token_id = 0
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
         self._checksums = {ending: xxhash.xxh3_128() for ending in ("bin", "idx", "bytes")}
-        self._files = {ending: open(self._partial(ending), "wb") for ending in ("bin", "bytes", "lengths")}
+        self._files = {ending: self._open(ending) for ending in ("bin", "bytes", "lengths")}
 
     def _partial(self, ending: str) -> Path:
         return Path(f"{self.prefix}.{ending}.partial")
+
+    def _open(self, ending: str) -> BinaryIO:
+        return open(self._partial(ending), "wb")
 
     def _write(self, ending: str, data: bytes) -> None:
         self._files[ending].write(data)
@@ -299,12 +304,12 @@ class TokenFileWriter:
             raise ValueError("no documents were written")
         for file in self._files.values():
             file.flush()
-        self._files["idx"] = open(self._partial("idx"), "wb")
+        self._files["idx"] = self._open("idx")
         for data in self._index():
             self._write("idx", data)
         checksums = {ending: digest.hexdigest() for ending, digest in self._checksums.items()}
         sidecar = dataclasses.replace(sidecar, checksums=checksums)
-        self._files["json"] = open(self._partial("json"), "wb")
+        self._files["json"] = self._open("json")
         text = json.dumps(dataclasses.asdict(sidecar), ensure_ascii=False, indent=2)
         self._files["json"].write(text.encode() + b"\n")
         for file in self._files.values():

@@ -7,6 +7,7 @@ last window is padded.
 """
 
 import bisect
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -67,7 +68,7 @@ class Windows:
         end = bisect.bisect_left(numbers, last, lo=document + 1, key=targets_before)
         starts = file.document_starts(document, end + 1).tolist()
         pieces = []
-        for here, (start, stop) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+        for here, (start, stop) in enumerate(itertools.pairwise(starts)):
             before = start - (document + here)
             begin = start + max(0, first - before)
             finish = min(stop, start + (last - before) + 1)

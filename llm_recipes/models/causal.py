@@ -13,9 +13,10 @@ from llm_recipes.config import ModelConfig, ParallelConfig
 from llm_recipes.data.documents import IGNORE
 from llm_recipes.data.stream import Batch
 from llm_recipes.errors import UserError
-from llm_recipes.models import head, loading, masking, sharding
+from llm_recipes.models import head, loading, sharding
 from llm_recipes.models import layers as layer_options
 from llm_recipes.models.flops import Cost, cost
+from llm_recipes.models.masking import Masking, accepted_arguments
 from llm_recipes.models.topology import Topology
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ class CausalLM:
     topology: Topology
     precision: sharding.Precision
     cost: Cost
-    masking: masking.Masking
+    masking: Masking
     loss_head: head.LossHead | None
     use_loss_head: bool = False
 
@@ -52,10 +53,10 @@ class CausalLM:
     def layers(self) -> list[nn.Module]:
         return sharding.layers(self.model)
 
-    def logits(self, batch: Batch, way: masking.Masking | None = None) -> torch.Tensor:
+    def logits(self, batch: Batch, way: Masking | None = None) -> torch.Tensor:
         """The model's own logits, (B, T, V)."""
         output = self.model(**(way or self.masking).arguments(batch))
-        return output.logits.reshape(*batch["input_ids"].shape, -1)  # type: ignore[no-any-return]
+        return output.logits.reshape(*batch["input_ids"].shape, -1)
 
     def token_losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Cross entropy of each target in nats, fp32 (B, T), 0 where ignored; and of a mixture of experts
@@ -164,7 +165,5 @@ def build(
         "asked for" if attention else "what transformers chooses for this model here",
         precision.name,
     )
-    way = masking.Masking(
-        "positions" if mask_documents else "none", masking.accepted_arguments(model), precision.compute
-    )
+    way = Masking("positions" if mask_documents else "none", accepted_arguments(model), precision.compute)
     return CausalLM(model, topology, precision, price, way, loss_head)

@@ -43,7 +43,7 @@ class _HeadLoss(torch.autograd.Function):
     """Cross entropy of a linear head, chunk by chunk; the backward pass computes each chunk's logits again."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden_NH: torch.Tensor,
         weight_VH: torch.Tensor,
@@ -62,7 +62,7 @@ class _HeadLoss(torch.autograd.Function):
         return losses_N
 
     @staticmethod
-    def backward(ctx: Any, grad_N: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_N: torch.Tensor) -> Any:
         hidden_NH, weight_VH, bias_V, targets_N, norms_N = ctx.saved_tensors
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         one_chunk = len(targets_N) <= ctx.rows
@@ -100,9 +100,7 @@ class _LogitsLoss(torch.autograd.Function):
     """Cross entropy of logits that the model itself made, in fp32 chunk by chunk."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, logits_NV: torch.Tensor, targets_N: torch.Tensor, rows: int
-    ) -> torch.Tensor:
+    def forward(ctx: Any, logits_NV: torch.Tensor, targets_N: torch.Tensor, rows: int) -> torch.Tensor:
         losses_N = torch.empty(len(targets_N), dtype=torch.float32, device=logits_NV.device)
         norms_N = torch.empty_like(losses_N)
         for first in range(0, len(targets_N), rows):
@@ -113,7 +111,7 @@ class _LogitsLoss(torch.autograd.Function):
         return losses_N
 
     @staticmethod
-    def backward(ctx: Any, grad_N: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_N: torch.Tensor) -> Any:
         logits_NV, targets_N, norms_N = ctx.saved_tensors
         gradient = torch.empty_like(logits_NV)
         for first in range(0, len(targets_N), ctx.rows):
@@ -137,13 +135,13 @@ def head_losses(
         fp32 of shape (N,), in nats.
     """
     rows = chunk_rows(weight_VH.shape[0], weight_VH.device)
-    return _HeadLoss.apply(hidden_NH, weight_VH, bias_V, targets_N, rows)  # type: ignore[no-any-return]
+    return _HeadLoss.apply(hidden_NH, weight_VH, bias_V, targets_N, rows)
 
 
 def logits_losses(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
     """Cross entropy of each token from logits of any float dtype: fp32 of shape (N,), in nats."""
     rows = chunk_rows(logits_NV.shape[-1], logits_NV.device)
-    return _LogitsLoss.apply(logits_NV, targets_N, rows)  # type: ignore[no-any-return]
+    return _LogitsLoss.apply(logits_NV, targets_N, rows)
 
 
 class LossHead:

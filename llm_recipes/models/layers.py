@@ -45,6 +45,6 @@ def prepare(layers: list[nn.Module], activation_checkpointing: str, compiled: bo
     """Replace the layers' forwards, in place, before they are sharded."""
     for layer in layers:
         if compiled:
-            layer.forward = torch.compile(layer.forward)  # type: ignore[method-assign]
+            layer.forward = torch.compile(layer.forward)
         if activation_checkpointing != "none":
-            layer.forward = recompute(layer.forward, activation_checkpointing)  # type: ignore[method-assign]
+            layer.forward = recompute(layer.forward, activation_checkpointing)

@@ -1,8 +1,8 @@
 """A Hugging Face model: its configuration, its empty shape on the meta device, and its weights read into shards.
 
 transformers gives the meta model, the sharding plan and the reader of safetensors; the sharding is ours
-(`sharding`). What is private of transformers here: `get_model_conversion_mapping`, `convert_and_load_state_dict_in_model`
-and `_finalize_model_loading` are how its own `from_pretrained` reads weights since 5.x.
+(`sharding`). What is private of transformers here: `get_model_conversion_mapping`,
+`convert_and_load_state_dict_in_model` and `_finalize_model_loading` are how its own `from_pretrained` reads weights since 5.x.
 """
 
 import json
@@ -170,9 +170,7 @@ class _Whole:
         self.parameters: set[str] = set()
 
 
-def _read_whole(
-    model: Any, empty: Callable[[], Any], slices: dict[str, Any], load: LoadStateDictConfig
-) -> _Whole:
+def _read_whole(model: Any, empty: Callable[[], Any], slices: dict[str, Any], load: LoadStateDictConfig) -> _Whole:
     """Read parameters one at a time that cannot be read shard by shard, and keep this rank's part of each.
 
     The reader cuts each tensor of the file before it converts it. That is right where experts are stacked
@@ -184,10 +182,7 @@ def _read_whole(
     mapping = get_model_conversion_mapping(empty())  # A renaming remembers what it met: not the reader's own.
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = {
-        pattern: entry
-        for entry in mapping
-        if isinstance(entry, WeightConverter)
-        for pattern in entry.source_patterns
+        pattern: entry for entry in mapping if isinstance(entry, WeightConverter) for pattern in entry.source_patterns
     }
     groups: dict[str, dict[str, Any]] = {}
     for key, value in slices.items():
@@ -238,13 +233,13 @@ def _set(model: Any, name: str, full: torch.Tensor) -> None:
     module = model.get_submodule(module_name)
     reference = getattr(module, own_name)
     if full.shape != reference.shape:
-        raise UserError(f"weights of {name} have shape {tuple(full.shape)}, the configuration says {tuple(reference.shape)}")
+        raise UserError(
+            f"weights of {name} have shape {tuple(full.shape)}, the configuration says {tuple(reference.shape)}"
+        )
     value = full.to(reference.dtype)
     if isinstance(reference, DTensor):
         # Every rank has the same full tensor: cut it, with no communication.
-        value = distribute_tensor(
-            value, reference.device_mesh, reference.placements, src_data_rank=None
-        )
+        value = distribute_tensor(value, reference.device_mesh, reference.placements, src_data_rank=None)
     parameter = nn.Parameter(value, requires_grad=reference.requires_grad)
     parameter._is_hf_initialized = True  # type: ignore[attr-defined]
     setattr(module, own_name, parameter)
@@ -271,7 +266,9 @@ def refuse_unread(model: Any, info: LoadStateDictInfo, folder: str) -> None:
         names = sorted(probe.missing_keys)
         raise UserError(f"{folder}: {len(names)} weights are missing, the first is {names[0]}")
     if probe.unexpected_keys:
-        log.warning("weights in the folder that the model does not use: %s", ", ".join(sorted(probe.unexpected_keys)[:5]))
+        log.warning(
+            "weights in the folder that the model does not use: %s", ", ".join(sorted(probe.unexpected_keys)[:5])
+        )
 
 
 def finish(model: Any, info: LoadStateDictInfo, load: LoadStateDictConfig) -> None:
@@ -292,7 +289,7 @@ def read_nothing(model: Any, dtype: torch.dtype, device: torch.device) -> None:
             for name, buffer in module.named_buffers(recurse=False):
                 if buffer.is_meta and name not in module._non_persistent_buffers_set:
                     module.register_buffer(name, torch.empty_like(buffer, device=device))
-                    module._buffers[name]._is_hf_initialized = True  # type: ignore[union-attr]
+                    module._buffers[name]._is_hf_initialized = True
     model.tie_weights()
     nothing: dict[str, Any] = {
         "missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(),

@@ -126,9 +126,7 @@ def shard(
         reduce_dtype=torch.float32,
     )
     # The module casts as its own code says, as it does in plain transformers: no cast of its inputs by us.
-    fp32_policy = MixedPrecisionPolicy(
-        param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
+    fp32_policy = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False)
     options: dict[str, Any] = {
         "mesh": topology.mesh,
         "shard_placement_fn": lambda parameter: placement(parameter, topology.shard_ranks),

@@ -1,7 +1,6 @@
 """What rank 0 shows on the terminal: a bar with time left, or a line per logged step where there is no terminal."""
 
 import logging
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -64,7 +63,9 @@ class StepProgress:
             self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar:
             self._bar.stop()
 

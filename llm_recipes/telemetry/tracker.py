@@ -37,14 +37,16 @@ class Tracker:
         above = folder.resolve().parent
         identity = folder / "wandb_id"
         try:
+            import uuid
+
             import wandb
 
             if not identity.exists():
-                identity.write_text(wandb.util.generate_id())
+                identity.write_text(uuid.uuid4().hex[:8])
             self._run = wandb.init(
                 id=identity.read_text().strip(),
                 resume="allow",
-                mode=config.mode,
+                mode=config.mode,  # type: ignore[arg-type]
                 entity=config.entity or os.environ.get("WANDB_ENTITY"),
                 project=config.project or os.environ.get("WANDB_PROJECT") or above.parent.name or "llm_recipes",
                 group=config.group or os.environ.get("WANDB_RUN_GROUP") or above.name,

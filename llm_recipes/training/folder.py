@@ -125,8 +125,8 @@ class RunFolder:
             reached = max((row["step"] for row in metrics.read(self.metrics)), default=0)
             if reached >= self.config.checkpoint.every:
                 raise UserError(
-                    f"{self.checkpoints}: empty, though the run has reached step {reached}; bring its checkpoints back, "
-                    "or start anew under another run.name"
+                    f"{self.checkpoints}: empty, though the run has reached step {reached}; bring its checkpoints "
+                    "back, or start anew under another run.name"
                 )
 
     def _write(self, name: str, text: str) -> None:
@@ -151,9 +151,7 @@ class RunFolder:
     def files_for_checkpoint(self) -> dict[str, str]:
         """What each checkpoint takes along of its run."""
         names = ("config.yaml", "environment.json", "plan.json", "licences.json")
-        return {
-            name: (self.path / name).read_text(encoding="utf-8") for name in names if (self.path / name).exists()
-        }
+        return {name: (self.path / name).read_text(encoding="utf-8") for name in names if (self.path / name).exists()}
 
     def write_licences(self, stated: dict[str, str | None]) -> None:
         self._write("licences.json", json.dumps(stated, ensure_ascii=False, indent=2) + "\n")

@@ -156,8 +156,8 @@ class Skips:
         """
         if int(self._in_a_row) >= self.patience:
             raise UserError(
-                f"step {step}: loss or gradient was not finite in {int(self._in_a_row)} steps one after another, and no "
-                "update was made; go on from an earlier checkpoint with a lower optim.lr, or look at the data"
+                f"step {step}: loss or gradient was not finite in {int(self._in_a_row)} steps one after another, and "
+                "no update was made; go on from an earlier checkpoint with a lower optim.lr, or look at the data"
             )
         return int(self.total)
 
@@ -167,9 +167,7 @@ def figures(step: Step, run: Training, names: list[str]) -> dict[str, Any]:
     topology = run.models["policy"].topology
     summed = {name: topology.sum(value.clone()) for name, value in sorted(step.sums.items())}
     targets = int(step.targets)
-    by_source = zip(
-        names, summed["loss_by_source"].tolist(), summed["targets_by_source"].tolist(), strict=True
-    )
+    by_source = zip(names, summed["loss_by_source"].tolist(), summed["targets_by_source"].tolist(), strict=True)
     row: dict[str, Any] = {
         "step": step.number,
         "loss": float(summed["loss"]) / max(targets, 1),

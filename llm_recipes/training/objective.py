@@ -21,7 +21,7 @@ class Objective(Protocol):
         ...
 
     def loss(self, models: Models, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """Sum of the losses (fp32 scalar), what is added per window (fp32 scalar, already weighted), and sums to report."""
+        """Sum of the losses, what is added per window (already weighted), both fp32 scalars; and sums to report."""
         ...
 
 

@@ -51,9 +51,7 @@ def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter, 2019), fused: it skips an update on the device where `found_inf` is set."""
     groups = parameter_groups(model, config)
     for group in groups:
-        log.info(
-            "weight decay %g: %d tensors (%s ...)", group["weight_decay"], len(group["names"]), group["names"][0]
-        )
+        log.info("weight decay %g: %d tensors (%s ...)", group["weight_decay"], len(group["names"]), group["names"][0])
     stripped = [{key: value for key, value in group.items() if key != "names"} for group in groups]
     beta1, beta2 = config.betas
     return torch.optim.AdamW(stripped, lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=True)

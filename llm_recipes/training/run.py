@@ -69,15 +69,20 @@ def open_data(config: PretrainConfig, folder: str, ranks: int) -> Data:
     sources = corpora.open_sources(config.data, facts)
     windows = sum(len(source.windows) for source in sources)
     if windows < ranks:
-        raise UserError(f"{ranks} processes and {windows} samples of {config.data.seq_len} tokens: start fewer processes")
+        raise UserError(
+            f"{ranks} processes and {windows} samples of {config.data.seq_len} tokens: start fewer processes"
+        )
     size, warmup = config.train.global_batch_size, config.train.batch_warmup
     if config.train.steps is not None:
         steps = config.train.steps
     else:
         assert config.train.epochs is not None  # config.check saw to it
         wanted = round(config.train.epochs * windows)
-        steps = next(n for n in range(1, wanted + 2) if schedule.BatchSpans(size, warmup, n).at(n)[0] >= wanted) \
-            if warmup else -(-wanted // size)
+        steps = (
+            next(n for n in range(1, wanted + 2) if schedule.BatchSpans(size, warmup, n).at(n)[0] >= wanted)
+            if warmup
+            else -(-wanted // size)
+        )
     spans = schedule.BatchSpans(size, warmup, steps)
     for each in spans.sizes():
         if each % (ranks * config.train.micro_batch_size):

@@ -1,0 +1,124 @@
+"""A checkpoint to an ordinary Hugging Face folder: the hub's parameter names, one dtype, tokenizer, model card."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from llm_recipes.checkpoints import manifest
+from llm_recipes.checkpoints.state import copy_model_files
+from llm_recipes.config import ExportConfig
+from llm_recipes.errors import UserError
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def export(config: ExportConfig) -> Path:
+    """Write a checkpoint's model as a folder that `from_pretrained` opens.
+
+    Raises:
+        UserError: no checkpoint, a damaged one, an output that exists, or one that cannot be written.
+    """
+    from transformers import AutoModelForCausalLM
+
+    checkpoint, output = Path(config.checkpoint), Path(config.output)
+    if not (checkpoint / manifest.MANIFEST).is_file():
+        raise UserError(f"checkpoint={checkpoint}: no checkpoint there; name a run's checkpoints/step-... folder")
+    problem = manifest.damage(checkpoint)
+    if problem is not None:
+        raise UserError(f"checkpoint={checkpoint}: damaged, {problem}; use the one before it")
+    if output.exists() and any(output.iterdir()):
+        raise UserError(f"output={output}: exists and is not empty; name a new folder")
+    beside = output.with_name(output.name + manifest.PARTIAL)
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        model = AutoModelForCausalLM.from_pretrained(checkpoint / "model", dtype=DTYPES[config.dtype])
+        model.save_pretrained(beside, max_shard_size=config.max_shard_size)
+        copy_model_files(checkpoint / "model", beside)
+        (beside / "README.md").write_text(model_card(checkpoint, config.dtype), encoding="utf-8")
+        if output.exists():
+            output.rmdir()
+        os.replace(beside, output)
+    except OSError as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise UserError(f"output={output}: cannot be written ({error})") from error
+    if config.push_to_hub is not None:
+        push(output, config.push_to_hub, config.branch)
+    return output
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def model_card(checkpoint: Path, dtype: str) -> str:
+    """What a model is made of: base and its licence, languages, data with their licences, the configuration."""
+    settings = checkpoint / "config.yaml"
+    text = settings.read_text(encoding="utf-8") if settings.exists() else ""
+    run: Any = OmegaConf.to_container(OmegaConf.create(text)) if text else {}
+    base = str(run.get("model", {}).get("path", "not known"))
+    plan = _read(checkpoint / "plan.json") or []
+    licences = _read(checkpoint / "licences.json") or {}
+    state = _read(checkpoint / "state.json") or {}
+    languages = sorted({row["language"] for row in plan if row.get("language")})
+    rows = [
+        f"| {row['name']} | {row['language'] or '-'} | {row['share']:.1%} | {row['tokens_wanted']:,} "
+        f"| {licences.get(row['name']) or 'not stated'} |"
+        for row in plan
+    ]
+    front = ["---", "library_name: transformers", f"base_model: {json.dumps(base)}"]
+    front += ["language:", *(f"- {language}" for language in languages)] if languages else []
+    return "\n".join(
+        [
+            *front,
+            "---",
+            "",
+            f"# {run.get('run', {}).get('name', checkpoint.parent.parent.name)}",
+            "",
+            f"Continued pretraining of `{base}` ({base_licence(checkpoint)}), {state.get('step')} steps, "
+            f"{state.get('consumed_tokens', 0):,} tokens; weights in {dtype}.",
+            "",
+            "| source | language | share | tokens | licence |",
+            "|---|---|---|---|---|",
+            *rows,
+            "",
+            "## Configuration",
+            "",
+            "```yaml",
+            text.rstrip(),
+            "```",
+            "",
+        ]
+    )
+
+
+def base_licence(checkpoint: Path) -> str:
+    """The first line of the base model's licence file, where it came with one."""
+    for path in sorted((checkpoint / "model").glob("LICENSE*")):
+        lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+        return "licence: " + next((line for line in lines if line), path.name)
+    return "licence: see the base model"
+
+
+def push(folder: Path, repository: str, branch: str) -> None:
+    """Upload a folder to a private repository on the hub.
+
+    Raises:
+        UserError: the hub refuses, or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        api.create_repo(repository, private=True, exist_ok=True)
+        if branch != "main":
+            api.create_branch(repository, branch=branch, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=str(folder), revision=branch)
+    except Exception as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"push_to_hub={repository}: {first}; the folder {folder} is complete") from error
