@@ -154,7 +154,7 @@ class LossHead:
         """Given back as it is, in place of logits: shows what the model does after its head."""
         self._head = head
         self._logits = head.forward
-        head.forward = self._forward  # type: ignore[method-assign]
+        head.forward = self._forward  # type: ignore[method-assign,assignment]
 
     def _forward(self, hidden: torch.Tensor) -> torch.Tensor:
         if self.answer is not None:

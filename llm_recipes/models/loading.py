@@ -2,7 +2,8 @@
 
 transformers gives the meta model, the sharding plan and the reader of safetensors; the sharding is ours
 (`sharding`). What is private of transformers here: `get_model_conversion_mapping`,
-`convert_and_load_state_dict_in_model` and `_finalize_model_loading` are how its own `from_pretrained` reads weights since 5.x.
+`convert_and_load_state_dict_in_model` and `_finalize_model_loading` are how its own `from_pretrained` reads
+weights since 5.x.
 """
 
 import json
@@ -141,7 +142,7 @@ def read_pretrained(
         device_map={"": device},
         dtype=dtype,
         dtype_plan=model._get_dtype_plan(dtype),
-        weight_mapping=get_model_conversion_mapping(empty()),
+        weight_mapping=get_model_conversion_mapping(empty()),  # type: ignore[arg-type]
     )
     handles = []
     try:
@@ -150,7 +151,7 @@ def read_pretrained(
             handle = safe_open(file, framework="pt")
             handles.append(handle)
             slices |= {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118 (not a dict)
-        whole = _read_whole(model, empty, slices, load)
+        whole = _read_whole(model, empty, slices, load, device)
         info, _ = convert_and_load_state_dict_in_model(
             model, {key: value for key, value in slices.items() if key not in whole.keys_read}, load
         )
@@ -170,7 +171,9 @@ class _Whole:
         self.parameters: set[str] = set()
 
 
-def _read_whole(model: Any, empty: Callable[[], Any], slices: dict[str, Any], load: LoadStateDictConfig) -> _Whole:
+def _read_whole(
+    model: Any, empty: Callable[[], Any], slices: dict[str, Any], load: LoadStateDictConfig, device: torch.device
+) -> _Whole:
     """Read parameters one at a time that cannot be read shard by shard, and keep this rank's part of each.
 
     The reader cuts each tensor of the file before it converts it. That is right where experts are stacked
@@ -194,7 +197,7 @@ def _read_whole(model: Any, empty: Callable[[], Any], slices: dict[str, Any], lo
     for group in groups.values():
         part = _loaded_alone(empty(), group, load)
         for name, full in part.items():
-            _set(model, name, full.to(load.device_map[""]))
+            _set(model, name, full.to(device))
         result.keys_read |= set(group)
         result.parameters |= set(part)
     return result
@@ -219,7 +222,7 @@ def _loaded_alone(plain: Any, group: dict[str, Any], load: LoadStateDictConfig) 
     alone = LoadStateDictConfig(
         dtype=load.dtype,
         dtype_plan=load.dtype_plan,
-        weight_mapping=get_model_conversion_mapping(plain),
+        weight_mapping=get_model_conversion_mapping(plain),  # type: ignore[arg-type]
         ignore_mismatched_sizes=True,
     )
     info, _ = convert_and_load_state_dict_in_model(plain, group, alone)
@@ -310,7 +313,7 @@ def random_weights(model: Any, seed: int) -> Callable[[nn.Module, str], None]:
         torch.manual_seed(seed + int.from_bytes(name.encode()[-6:], "little"))
         try:
             for module in part.modules():
-                for key, parameter in module.named_parameters(recurse=False):
+                for parameter in list(module.parameters(recurse=False)):
                     if parameter.is_meta and not isinstance(parameter, DTensor):
                         _fill_shared(model, parameter, nn.Parameter(torch.empty_like(parameter, device="cpu")))
                 for key, buffer in module.named_buffers(recurse=False):
