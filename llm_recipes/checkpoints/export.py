@@ -13,6 +13,7 @@ from llm_recipes.checkpoints import manifest
 from llm_recipes.checkpoints.state import copy_model_files
 from llm_recipes.config import ExportConfig
 from llm_recipes.errors import UserError
+from llm_recipes.models import loading
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -25,6 +26,7 @@ def export(config: ExportConfig) -> Path:
     """
     from transformers import AutoModelForCausalLM
 
+    loading.quiet_libraries()
     checkpoint, output = Path(config.checkpoint), Path(config.output)
     if not (checkpoint / manifest.MANIFEST).is_file():
         raise UserError(f"checkpoint={checkpoint}: no checkpoint there; name a run's checkpoints/step-... folder")

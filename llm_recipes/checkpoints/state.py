@@ -31,8 +31,23 @@ OTHER_FILES = ("generation_config.json", "chat_template*", "LICENSE*")
 
 
 def model_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers, by name. A tied one stands under both: so transformers opens the folder."""
-    return {name: each for name, each in model.state_dict().items() if isinstance(each, torch.Tensor)}
+    """Parameters and persistent buffers by name, each once: a tied one under the first of its names."""
+    unique: dict[int, tuple[str, torch.Tensor]] = {}
+    for name, each in model.state_dict(keep_vars=True).items():
+        if isinstance(each, torch.Tensor):
+            unique.setdefault(id(each), (name, each.detach()))
+    return dict(unique.values())
+
+
+def model_state_to_write(model: nn.Module) -> dict[str, torch.Tensor]:
+    """As `model_state`, but a tied parameter stands under all of its names, for transformers asks for each when it
+    opens the folder. The further ones are copies: safetensors refuses tensors that share memory."""
+    once = model_state(model)
+    return {
+        name: once[name] if name in once else each.detach().clone()
+        for name, each in model.state_dict(keep_vars=True).items()
+        if isinstance(each, torch.Tensor)
+    }
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], list[str]]:
@@ -104,7 +119,7 @@ def save(
     _agree_written(error, partial, topology)
     moments, absent = optimizer_state(model, optimizer)
     try:
-        _write(model_state(model), partial / "model")
+        _write(model_state_to_write(model), partial / "model")
         if moments:
             _write(moments, partial / "optimizer")
         files = manifest.describe(partial, topology)

@@ -163,8 +163,8 @@ class LossHead:
             return self._logits(hidden)
         flat = hidden.reshape(-1, hidden.shape[-1])
         losses = head_losses(flat, self._head.weight, self._head.bias, self.targets.reshape(-1))
-        # A last axis of its own, where the vocabulary would be.
-        return losses.view(*hidden.shape[:-1], 1)
+        # A last axis of its own, where the vocabulary would be; a copy, because FSDP cannot hook a view safely.
+        return losses.view(*hidden.shape[:-1], 1).clone()
 
 
 def install(model: Any) -> LossHead | None:

@@ -8,6 +8,7 @@ weights since 5.x.
 
 import json
 import logging
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,15 @@ from llm_recipes.config import ModelConfig
 from llm_recipes.errors import UserError, did_you_mean
 
 log = logging.getLogger(__name__)
+
+
+def quiet_libraries() -> None:
+    """transformers reports and draws progress bars of its own, once per rank; ours says what matters."""
+    from transformers.utils import logging as theirs
+
+    theirs.set_verbosity_error()
+    theirs.disable_progress_bar()
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # export is one process, as intended
 
 
 def open_config(config: ModelConfig, folder: str) -> Any:

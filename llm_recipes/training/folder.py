@@ -26,8 +26,6 @@ MAY_CHANGE = (
 )  # fmt: skip
 """Keys that do not decide what a run learns, or only how fast."""
 
-COMPARED_INSIDE = ("data.sources",)
-
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
     """Nested configuration as dotted keys."""

@@ -107,7 +107,7 @@ def pretrain(config: PretrainConfig) -> None:
     """
     me = topology.launch()
     terminal.start_logging(me.rank == 0)
-    quiet_libraries()
+    loading.quiet_libraries()
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -120,14 +120,6 @@ def pretrain(config: PretrainConfig) -> None:
         _Run(config, data, Path(base), place).go()
     finally:
         topology.stop()
-
-
-def quiet_libraries() -> None:
-    """transformers reports and draws progress bars of its own, once per rank; ours says what matters."""
-    from transformers.utils import logging as theirs
-
-    theirs.set_verbosity_error()
-    theirs.disable_progress_bar()
 
 
 class _Run:

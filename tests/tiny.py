@@ -1,0 +1,85 @@
+"""Tiny models, a tokenizer and corpora, made on the spot: what the tests run the real code on."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llm_recipes.data.token_file import Sidecar, TokenFileWriter, smallest_dtype
+from llm_recipes.data.tokenizer import fingerprint
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 264, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+    "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": None,
+}  # fmt: skip
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mistral": ("mistral", {"sliding_window": None, "tie_word_embeddings": False}),
+    # Four experts: fewer than the ranks of a world of more, and not divided by three.
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    "qwen3_tied": ("qwen3", {"tie_word_embeddings": True, "head_dim": 16}),
+    "gemma2": ("gemma2", {"head_dim": 16, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 16}),
+    "gpt_neox": ("gpt_neox", {"num_key_value_heads": None, "rotary_pct": 0.5}),
+}
+"""A name of ours: the model type, and what differs from SMALL."""
+
+
+def model_config(family: str, **changes: Any) -> Any:
+    """A tiny configuration of a family."""
+    from transformers import AutoConfig
+
+    model_type, own = FAMILIES.get(family, (family, {}))
+    settings = {key: value for key, value in {**SMALL, **own, **changes}.items() if value is not None}
+    return AutoConfig.for_model(model_type, **settings)
+
+
+def tokenizer() -> Any:
+    """A token per byte (0 to 255), `<s>` (256) and `</s>` (257); puts no BOS before a text by itself."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    wrapped: Any = PreTrainedTokenizerFast
+    return wrapped(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
+
+
+def save_model(folder: Path, family: str = "mistral", seed: int = 0, **changes: Any) -> Path:
+    """A model folder with random weights, larger than initialisation gives, so that losses differ by token."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(model_config(family, **changes), dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.15)
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_corpus(prefix: Path, documents: Sequence[Sequence[int]], **changes: Any) -> Path:
+    """A token file with its sidecar; each document closed by end-of-document, its bytes as many as its tokens."""
+    own = tokenizer()
+    writer = TokenFileWriter(prefix, smallest_dtype(258))
+    closed = [np.asarray([*document, 257]) for document in documents]
+    lengths = np.asarray([len(each) for each in closed])
+    writer.append(np.concatenate(closed), lengths, lengths - 1)
+    sidecar = Sidecar(
+        tokenizer=fingerprint(own), tokenizer_name="tiny", vocab_size=258, largest_token_id=writer.largest_token_id,
+        eod_token_id=257, bos_token_id=None, documents=writer.documents, tokens=writer.tokens, bytes=writer.bytes,
+    )  # fmt: skip
+    writer.close(dataclasses.replace(sidecar, **changes))
+    return prefix
+
+
+def random_documents(count: int, seed: int, longest: int = 40) -> list[list[int]]:
+    """Documents of 1 to `longest` random bytes."""
+    generator = np.random.default_rng(seed)
+    return [generator.integers(0, 256, generator.integers(1, longest + 1)).tolist() for _ in range(count)]
