@@ -3,18 +3,22 @@
 Importing this module, and `--help`, import no torch.
 """
 
+import dataclasses
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from llm_recipes.config import SCHEMAS, check
 from llm_recipes.errors import EXIT_STATUS, UserError, did_you_mean
@@ -28,19 +32,88 @@ def conf_folder() -> Path:
     return inside if inside.is_dir() else PACKAGE.parent / "conf"
 
 
-def known_keys(verb: str) -> list[str]:
-    """Every dotted key of a verb's schema."""
-    keys: list[str] = []
+SYNONYMS = {
+    "learning_rate": "lr", "batch_size": "global_batch_size", "max_steps": "steps", "num_steps": "steps",
+    "max_length": "seq_len", "sequence_length": "seq_len", "max_grad_norm": "grad_clip_norm", "name_or_path": "path",
+    "gradient_checkpointing": "activation_checkpointing", "attn_implementation": "attention",
+}  # fmt: skip
+"""What others call some of our keys."""
 
-    def walk(node: Any, where: str) -> None:
-        if not isinstance(node, DictConfig) or node._is_none():
-            return
-        for name, value in node.items_ex(resolve=False):
-            keys.append(f"{where}{name!s}")
-            walk(value, f"{where}{name!s}.")
 
-    walk(OmegaConf.structured(SCHEMAS[verb]), "")
-    return keys
+def find_key(verb: str, key: str) -> tuple[str | None, int]:
+    """What is wrong with a dotted key of a verb, or None; and how many of its names lead to a dictionary whose
+    entries the user names (`data.sources.ja.path`: 2), or 0."""
+    kind: Any = SCHEMAS[verb]
+    names, free = key.split("."), 0
+    for depth, name in enumerate(names):
+        where = "".join(f"{each}." for each in names[:depth])
+        members = [each for each in get_args(kind) if each is not type(None)] if isinstance(kind, UnionType) else []
+        kind = members[0] if members else kind
+        if dataclasses.is_dataclass(kind):
+            known = get_type_hints(kind)
+            if name not in known:
+                near = SYNONYMS.get(name, name)
+                hint = did_you_mean(where + near, [where + each for each in known])
+                return f"unknown key '{key}', {hint}", free
+            kind = known[name]
+        elif get_origin(kind) is dict:
+            kind, free = get_args(kind)[1], depth
+        elif kind is not Any:
+            return f"unknown key '{key}', {where.rstrip('.')} has nothing below it", free
+    return None, len(names) if get_origin(kind) is dict else free
+
+
+def read_overrides(verb: str, arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Check the keys of `KEY=VALUE` arguments, and let an entry of a dictionary be given like any other key.
+
+    Returns:
+        Arguments for Hydra, and the keys of dictionaries that are to be emptied (`~data.validation`).
+
+    Raises:
+        UserError: an unknown key, with the nearest known one.
+    """
+    # In Hydra a new entry needs a `+`, and cannot be made key by key.
+    result, emptied = [], []
+    for argument in arguments:
+        key, equals, _ = argument.lstrip("+~").partition("=")
+        groups = [key] if "@" in key or key.startswith(("hydra.", "hydra/", "-")) else _groups(key)
+        if argument.startswith("-") or groups or not (equals or argument.startswith("~")):
+            result.append(argument)
+            continue
+        problem, free = find_key(verb, key)
+        if problem is not None:
+            raise UserError(problem)
+        if not argument.startswith("~"):
+            result.append(_as_entry(argument.lstrip("+"), free) if free else argument.lstrip("+"))
+        elif free == key.count(".") + 1:
+            emptied.append(key)
+        elif free:
+            result.append(argument)
+        else:
+            raise UserError(f"{argument}: cannot be left out; give it another value")
+    return result, emptied
+
+
+def _as_entry(argument: str, free: int) -> str:
+    """`data.sources.ja.path=x` as `++data.sources={ja:{path:x}}`, which adds to the dictionary or changes it."""
+    key, _, value = argument.partition("=")
+    names = key.split(".")
+    nested = value or "''"
+    for name in reversed(names[free:]):
+        nested = f"{{{name}:{nested}}}"
+    parser = OverridesParser.create()
+    try:
+        if parser.parse_override(argument).is_sweep_override():
+            return f"++{argument}"
+        parser.parse_override(rewritten := f"++{'.'.join(names[:free])}={nested}")
+    except HydraException:
+        return f"++{argument}"
+    return rewritten
+
+
+def _groups(key: str) -> list[str]:
+    """A key that is a folder of configurations (`exp`), ours or the user's."""
+    return [key for root in (conf_folder(), Path("conf")) if "." not in key and key and (root / key).is_dir()]
 
 
 def explain(error: BaseException, verb: str) -> str:
@@ -49,32 +122,27 @@ def explain(error: BaseException, verb: str) -> str:
     while cause.__cause__ is not None and not isinstance(cause, OmegaConfBaseException):
         cause = cause.__cause__
     text = str(error)
-    unknown = re.search(r"Could not (?:override|append to config\. An item is already at) '([^']+)'", text)
-    key = unknown.group(1) if unknown and "override" in text else getattr(cause, "full_key", None)
+    key = getattr(cause, "full_key", None)
+    if key and "[" not in key and isinstance(cause, ConfigKeyError | ConfigAttributeError):
+        problem, _ = find_key(verb, key)
+        if problem is not None:
+            return problem
     first = str(cause).splitlines()[0]
-    if key and ("not in" in first or "not in" in text or "not in struct" in text):
-        group = key.rpartition(".")[0]
-        keys = known_keys(verb)
-        keys = [known for known in keys if known.rpartition(".")[0] == group] or keys
-        return f"unknown key '{key}', {did_you_mean(_nearest_form(key, keys), keys)}"
     if isinstance(cause, MissingMandatoryValue):
-        name = key or first.rsplit(" ", 1)[-1]
-        return f"{name}: needed, and not given"
+        return f"{key or first.rsplit(' ', 1)[-1]}: needed, and not given"
     missing = re.search(r"Could not find '([^']+)'", text)
     if missing:
         group, _, name = missing.group(1).rpartition("/")
-        names = [path.stem for path in (conf_folder() / group).glob("*.yaml")]
+        names = [path.stem for root in (conf_folder(), Path("conf")) for path in (root / group).glob("*.yaml")]
         return f"no configuration '{missing.group(1)}', {did_you_mean(name, names)}"
     where = f"{key}: " if key and key not in first else ""
     return where + " ".join(first.split())
 
 
-def _nearest_form(key: str, keys: list[str]) -> str:
-    """A long last name often stands for a short one: compare within the key's own group."""
-    group, _, name = key.rpartition(".")
-    full = {"learning_rate": "lr", "batch_size": "micro_batch_size", "max_steps": "steps", "max_length": "seq_len"}
-    candidate = f"{group}.{full.get(name, name)}" if group else full.get(name, name)
-    return candidate if candidate in keys else key
+def empty_keys(composed: DictConfig) -> set[str]:
+    """Paths and names that were given as nothing (`model.path=`)."""
+    named = ("model.path", "run.name", "tokenizer", "input", "output", "checkpoint")
+    return {key for key in named if OmegaConf.select(composed, key, throw_on_missing=False) == ""}
 
 
 def fail(error: UserError) -> None:
@@ -94,11 +162,14 @@ def run_verb(verb: str, function: Callable[[Any], None]) -> None:
     """Compose `conf/<verb>.yaml` with the command line, check it, and call the verb with typed configuration."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors to us, in place of printing them itself.
     ConfigStore.instance().store(name=f"{verb}_schema", node=SCHEMAS[verb])
+    emptied: list[str] = []
 
     def task(composed: DictConfig) -> None:
         try:
+            for key in emptied:
+                OmegaConf.update(composed, key, {}, merge=False)
             OmegaConf.resolve(composed)
-            missing = sorted(OmegaConf.missing_keys(composed))
+            missing = sorted(OmegaConf.missing_keys(composed) | empty_keys(composed))
             if missing:
                 raise UserError(f"{', '.join(missing)}: needed, and not given (see --help)")
             config = OmegaConf.to_object(composed)
@@ -109,8 +180,12 @@ def run_verb(verb: str, function: Callable[[Any], None]) -> None:
 
     main = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=verb)(task)
     try:
+        sys.argv[1:], emptied[:] = read_overrides(verb, sys.argv[1:])
         main()
     except UserError as error:
         fail(error)
     except (HydraException, OmegaConfBaseException) as error:
         fail(UserError(explain(error, verb)))
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)

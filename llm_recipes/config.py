@@ -84,9 +84,9 @@ class DataConfig:
 
 @dataclass
 class BatchWarmupConfig:
-    start: int = REQUIRED
-    """Global batch size of the first step; `train.global_batch_size` is a multiple of it."""
-    steps: int = REQUIRED
+    start: int | None = None
+    """Global batch size of the first step; `train.global_batch_size` is a multiple of it. None: no warm-up."""
+    steps: int = 0
     """Steps until the full size, in equal stages that each add `start` sequences."""
 
 
@@ -100,7 +100,7 @@ class TrainConfig:
     """Stop here, before the horizon; the same command without it goes on."""
     global_batch_size: int = REQUIRED
     micro_batch_size: int = 1
-    batch_warmup: BatchWarmupConfig | None = None
+    batch_warmup: BatchWarmupConfig = field(default_factory=BatchWarmupConfig)
     seed: int = 0
     deterministic: bool = False
     """On CUDA: deterministic algorithms, so that a resumed run is the same bit for bit."""
@@ -327,7 +327,9 @@ def check_pretrain(config: PretrainConfig) -> None:
             train.stop_at is None or train.stop_at <= train.steps,
             f"train.stop_at={train.stop_at} lies past train.steps={train.steps}",
         )
-    if train.batch_warmup is not None:
+    if train.batch_warmup.start is None:
+        need(train.batch_warmup.steps == 0, f"train.batch_warmup.steps={train.batch_warmup.steps}: give start too")
+    else:
         need(train.batch_warmup.start > 0, "train.batch_warmup.start: must be more than 0")
         need(
             train.global_batch_size % train.batch_warmup.start == 0,

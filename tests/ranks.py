@@ -1,8 +1,8 @@
 """A few processes, started once for the session, that run a function on every rank of a small world.
 
 Starting torchrun costs seconds each time; a call here costs what the function does. The processes are forked from one
-that has imported everything, and a world of any size up to `MOST` is made of the first of them, by gloo, and ended again
-with each call.
+that has imported everything, and a world of any size up to `MOST` is made of the first of them, by gloo, and ended
+again with each call.
 """
 
 import importlib.util
@@ -36,13 +36,21 @@ def call(file: str, name: str, arguments: tuple[Any, ...]) -> Any:
     return getattr(module, name)(*arguments)
 
 
+def receive(calls: Connection) -> Any:
+    """The next call; None where there will be none."""
+    try:
+        return calls.recv()
+    except EOFError:
+        return None
+
+
 def serve(number: int, calls: Connection) -> None:
     """One process: join a world, call, answer, leave the world; until told to end."""
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    while (message := calls.recv()) is not None:
+    while (message := receive(calls)) is not None:
         ranks, store, file, name, arguments = message
         os.environ |= {"RANK": str(number), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(number)}
         os.environ["LOCAL_WORLD_SIZE"] = str(ranks)
@@ -74,7 +82,7 @@ class Ranks:
     def _start(self) -> None:
         for number in range(MOST):
             ours, theirs = self._context.Pipe()
-            process = self._context.Process(target=serve, args=(number, theirs), daemon=True)
+            process = self._context.Process(target=serve, args=(number, theirs))
             process.start()
             theirs.close()
             self._processes.append((process, ours))

@@ -1,6 +1,7 @@
 """Tiny models, a tokenizer and corpora, made on the spot: what the tests run the real code on."""
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -83,3 +84,61 @@ def random_documents(count: int, seed: int, longest: int = 40) -> list[list[int]
     """Documents of 1 to `longest` random bytes."""
     generator = np.random.default_rng(seed)
     return [generator.integers(0, 256, generator.integers(1, longest + 1)).tolist() for _ in range(count)]
+
+
+def pretrain_config(folder: Path, model: Path, **changes: Any) -> Any:
+    """A run's configuration, typed: 8 steps of 4 windows of 16 targets over two corpora in `folder`. Changes are keys
+    of `conf/` with two underscores for each dot (`optim__lr=1e-3`)."""
+    from omegaconf import OmegaConf
+
+    from llm_recipes.config import PretrainConfig, check
+
+    settings = {
+        "model": {"path": str(model)},
+        "data": {
+            "seq_len": 16,
+            "sources": {
+                "ja": {"path": str(folder / "ja"), "weight": 0.75, "language": "ja"},
+                "en": {"path": str(folder / "en"), "weight": 0.25, "language": "en"},
+            },
+            "validation": {"held_out": {"path": str(folder / "held_out"), "language": "ja"}},
+        },
+        "train": {"steps": 8, "global_batch_size": 4},
+        "optim": {"lr": 1e-2},
+        "schedule": {"warmup_steps": 2},
+        "parallel": {"precision": "fp32"},
+        "checkpoint": {"every": 4},
+        "logging": {"every": 1},
+        "run": {"name": "run", "dir": str(folder)},
+    }
+    config = OmegaConf.merge(OmegaConf.structured(PretrainConfig), settings)
+    for key, value in changes.items():
+        OmegaConf.update(config, key.replace("__", "."), value, force_add=True)
+    typed = OmegaConf.to_object(config)
+    check("pretrain", typed)
+    return typed
+
+
+def write_corpora(folder: Path) -> Path:
+    """`ja` and `en`, two corpora of some thousand tokens, and `held_out`."""
+    write_corpus(folder / "ja", random_documents(60, seed=2))
+    write_corpus(folder / "en", random_documents(40, seed=3))
+    write_corpus(folder / "held_out", random_documents(7, seed=4))
+    return folder
+
+
+def state_of(checkpoint: Path) -> dict[str, Any]:
+    """Every tensor of a checkpoint whole, by folder and name, whatever number of ranks wrote it."""
+    import torch
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+    found = {}
+    for part in ("model", "optimizer"):
+        reader = HuggingFaceStorageReader(str(checkpoint / part))
+        metadata = reader.read_metadata().state_dict_metadata
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        tensors = {name: torch.empty(each.size, dtype=each.properties.dtype) for name, each in metadata.items()}
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+        found |= {f"{part}/{name}": each for name, each in tensors.items()}
+    return found

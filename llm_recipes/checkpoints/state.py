@@ -54,7 +54,10 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple
     """The optimizer's tensors by parameter name, and the parameters that have none."""
     state: dict[str, torch.Tensor] = {}
     absent = []
-    for name, parameter in model.named_parameters():
+    named = dict(model.named_parameters())
+    if {id(each) for each in optimizer.state} - {id(each) for each in named.values()}:
+        raise RuntimeError("the optimizer holds parameters that are not the model's: it is not sharded now")
+    for name, parameter in named.items():
         own = optimizer.state.get(parameter)
         if not own:
             absent.append(name)

@@ -11,7 +11,6 @@ import bisect
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
@@ -60,7 +59,7 @@ class Shares:
         self._bounds = [BLOCK * bound for bound in np.cumsum([0, *units], dtype=object).tolist()]
         self._key = key
         self._start = keys("offset", *key)[0] % UNIT
-        self._block = lru_cache(maxsize=16)(self._make_block)
+        self._made: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def _offset(self, block: int) -> int:
         return (self._start + block * GOLDEN) % UNIT
@@ -74,6 +73,14 @@ class Shares:
         """Places of each source in blocks 0 .. block-1."""
         sums = [floor_sum(block, UNIT, GOLDEN, bound + self._start) for bound in self._bounds]
         return [end - start for start, end in itertools.pairwise(sums)]
+
+    def _block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `_make_block`; the last few are kept."""
+        if block not in self._made:
+            if len(self._made) == 16:
+                del self._made[next(iter(self._made))]
+            self._made[block] = self._make_block(block)
+        return self._made[block]
 
     def _make_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """For each place of a block, its source, and that source's number counted from the very first block."""

@@ -134,6 +134,10 @@ class TokenFile:
             self._refuse_gaps()
         self._tokens = np.frombuffer(_map(bin_path), self.dtype)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A loader's worker process opens the file for itself."""
+        return TokenFile, (self.prefix,)
+
     def file(self, ending: str) -> Path:
         """The path of one of the files that make up this token file."""
         return Path(f"{self.prefix}.{ending}")

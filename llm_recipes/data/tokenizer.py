@@ -75,8 +75,11 @@ def vocabulary_size(tokenizer: Any) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def resolve(path: str, allow_code: bool = False) -> str:
+def resolve(path: str, where: str, allow_code: bool = False) -> str:
     """A model's local folder; a name on the hub is brought (from the cache, when offline) first.
+
+    Args:
+        where: the configuration's key that holds the path.
 
     Raises:
         UserError: neither a folder nor a name that the hub or its cache knows.
@@ -84,7 +87,7 @@ def resolve(path: str, allow_code: bool = False) -> str:
     if Path(path).is_dir():
         return str(Path(path).resolve())
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
-        raise UserError(f"{path}: no such model folder")
+        raise UserError(f"{where}={path}: no such model folder")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -93,6 +96,6 @@ def resolve(path: str, allow_code: bool = False) -> str:
         return snapshot_download(path, allow_patterns=patterns + (["*.py"] if allow_code else []))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"{path}: no such folder, and the hub does not give it ({type(error).__name__}); "
+            f"{where}={path}: no such folder, and the hub does not give it ({type(error).__name__}); "
             "name a local folder, or download the model where there is a network"
         ) from error

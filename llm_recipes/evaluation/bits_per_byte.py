@@ -29,9 +29,7 @@ def score(lm: CausalLM, held_out: ValidationSet, micro_batch_size: int) -> dict[
     topology = lm.topology
     per_pass = micro_batch_size * topology.data_ranks
     total = torch.zeros(2, dtype=torch.float64, device=topology.device)
-    was_training = lm.model.training
-    lm.model.eval()
-    with torch.no_grad():
+    with lm.evaluating():
         for first in range(0, len(held_out), per_pass):
             start = first + topology.data_rank * micro_batch_size
             windows = [
@@ -42,7 +40,6 @@ def score(lm: CausalLM, held_out: ValidationSet, micro_batch_size: int) -> dict[
             losses, _ = lm.token_losses(batch)
             total[0] += losses.double().sum()
             total[1] += (batch["targets"] >= 0).sum()
-    lm.model.train(was_training)
     nats, targets = topology.sum(total).tolist()
     return summary(nats, int(targets), held_out.bytes, held_out.documents)
 

@@ -2,6 +2,8 @@
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +54,24 @@ class CausalLM:
     @property
     def layers(self) -> list[nn.Module]:
         return sharding.layers(self.model)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """No dropout and no gradients inside; afterwards every parameter is a shard again.
+
+        FSDP leaves the root's parameters whole after a forward pass, for the backward pass that does not come here:
+        `parameters()` would give those, which have no gradient and no optimizer state.
+        """
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.model.train(was_training)
+            for module in self.model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
 
     def logits(self, batch: Batch, way: Masking | None = None) -> torch.Tensor:
         """The model's own logits, (B, T, V)."""

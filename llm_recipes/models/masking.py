@@ -113,7 +113,7 @@ def try_masking(logits: Callable[[Batch], torch.Tensor], vocabulary: int, device
     """Run two packed documents through a model, and see whether the second knows of the first.
 
     Args:
-        logits: the model's logits of a batch, (B, T, V).
+        logits: the model's logits of a batch, (B, T, V), without gradients.
         vocabulary: ids to draw from.
     """
     generator = torch.Generator().manual_seed(0)
@@ -125,8 +125,7 @@ def try_masking(logits: Callable[[Batch], torch.Tensor], vocabulary: int, device
 
     def run(*rows: list[Any]) -> torch.Tensor:
         batch = stack([window(documents, FIRST + SECOND, separate=True) for documents in rows])
-        with torch.no_grad():
-            return logits({key: value.to(device) for key, value in batch.items()}).float()
+        return logits({key: value.to(device) for key, value in batch.items()}).float()
 
     packed = run([first, second], [first, second])
     changed = run([other, second], [first, second])

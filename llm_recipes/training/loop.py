@@ -79,7 +79,7 @@ def train(run: Training, stop: int) -> Iterator[Step]:
     """Take steps until `stop` of them are done, one at a time as the caller asks for them."""
     policy = run.models["policy"]
     topology, model = policy.topology, policy.model
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]
 
     while run.progress.step < stop:
         step = run.progress.step

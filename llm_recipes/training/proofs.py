@@ -36,7 +36,8 @@ def isolate_documents(lm: CausalLM, wanted: bool) -> None:
             return lm.logits(batch, candidate)
 
         try:
-            found = masking.try_masking(logits, lm.vocabulary, lm.topology.device)
+            with lm.evaluating():
+                found = masking.try_masking(logits, lm.vocabulary, lm.topology.device)
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
             tried.append(f"{masking.WAYS[way]}: {type(error).__name__}")
             continue
@@ -64,7 +65,7 @@ def head_equals_logits(lm: CausalLM, batch: Batch) -> None:
         return
     short = {key: value[:1, :SLICE] if value.ndim == 2 else value[:1] for key, value in batch.items()}
     targets = short["targets"]
-    with torch.no_grad():
+    with lm.evaluating():
         shape = (*targets.shape, lm.vocabulary)
         planted = torch.linspace(-80, 80, math.prod(shape), device=targets.device).to(lm.precision.compute).view(shape)
         lm.loss_head.answer = planted if lm.masking.way != "flat" else planted.view(1, -1, lm.vocabulary)
@@ -111,7 +112,7 @@ def labels_aligned(lm: CausalLM, batch: Batch) -> None:
             three standard errors.
     """
     topology = lm.topology
-    with torch.no_grad():
+    with lm.evaluating():
         aligned, _ = lm.token_losses(batch)
         counted = batch["targets"] != IGNORE
         sums = topology.sum(torch.stack([aligned.double().sum(), counted.sum().double()]))

@@ -80,7 +80,7 @@ def open_data(config: PretrainConfig, folder: str, ranks: int) -> Data:
         wanted = round(config.train.epochs * windows)
         steps = (
             next(n for n in range(1, wanted + 2) if schedule.BatchSpans(size, warmup, n).at(n)[0] >= wanted)
-            if warmup
+            if warmup.start is not None
             else -(-wanted // size)
         )
     spans = schedule.BatchSpans(size, warmup, steps)
@@ -111,7 +111,7 @@ def pretrain(config: PretrainConfig) -> None:
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    base = tokenizers.resolve(config.model.path, config.model.trust_remote_code)
+    base = tokenizers.resolve(config.model.path, "model.path", config.model.trust_remote_code)
     data = open_data(config, base, me.ranks)
     if config.model.init == "pretrained":
         loading.weight_files(base)
@@ -233,14 +233,12 @@ class _Run:
 
     def _prove(self, lm: CausalLM, samples: Samples, step: int) -> None:
         """Everything that can be shown before the first step, on the batch that it will take."""
-        lm.model.eval()
-        proofs.isolate_documents(lm, self.config.data.mask_documents)
         first = next(iter(self._batches(samples, lm, step, step + 1)))[0]
         batch = to_device(first, self.place.device)
+        proofs.isolate_documents(lm, self.config.data.mask_documents)
         proofs.head_equals_logits(lm, batch)
         if self.config.model.init == "pretrained":
             proofs.labels_aligned(lm, batch)
-        lm.model.train()
 
     def _validate(self, lm: CausalLM, training: Training, metrics: Metrics, tracker: Tracker) -> None:
         if not self.data.validation:

@@ -62,12 +62,12 @@ class BatchSpans(Sequence[tuple[int, int]]):
     `start` sequences larger than the one before it.
     """
 
-    def __init__(self, size: int, warmup: BatchWarmupConfig | None, total: int) -> None:
+    def __init__(self, size: int, warmup: BatchWarmupConfig, total: int) -> None:
         self.size = size
         self.total = total
-        self._start = warmup.start if warmup else size
+        self._start = warmup.start if warmup.start is not None else size
         stages = size // self._start - 1
-        self._stage_ends = [warmup.steps * (i + 1) // stages for i in range(stages)] if warmup and stages else []
+        self._stage_ends = [warmup.steps * (i + 1) // stages for i in range(stages)]
 
     def _first(self, step: int) -> int:
         position, begin = 0, 0
