@@ -113,7 +113,7 @@ def pretrain_config(folder: Path, model: Path, **changes: Any) -> Any:
     }
     config = OmegaConf.merge(OmegaConf.structured(PretrainConfig), settings)
     for key, value in changes.items():
-        OmegaConf.update(config, key.replace("__", "."), value, force_add=True)
+        OmegaConf.update(config, key.replace("__", "."), value, merge=value != {}, force_add=True)
     typed = OmegaConf.to_object(config)
     check("pretrain", typed)
     return typed

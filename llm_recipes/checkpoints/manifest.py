@@ -64,28 +64,20 @@ def complete_safetensors(path: Path) -> bool:
     return size == 8 + length + max(ends, default=0)
 
 
-def describe(folder: Path, topology: Topology) -> dict[str, dict[str, Any]]:
-    """Size and checksum of every file, the ranks sharing the reading out. Each file is brought to the disk first.
+def describe(folder: Path, rank: int, ranks: int) -> dict[str, dict[str, Any]]:
+    """Size and checksum of this rank's part of the files. Each is brought to the disk first.
 
     Raises:
         OSError: a safetensors file is shorter than its header says.
     """
-    mine: dict[str, dict[str, Any]] = {}
-    error: Exception | None = None
-    try:
-        for name in files_in(folder)[topology.rank :: topology.ranks]:
-            path = folder / name
-            sync(path)
-            if path.suffix == ".safetensors" and not complete_safetensors(path):
-                raise OSError(f"{path}: shorter than its header says")
-            mine[name] = {"bytes": path.stat().st_size, "xxh3_128": checksum(path)}
-    except OSError as problem:
-        error = problem
-    topology.agree(error)
-    merged: dict[str, dict[str, Any]] = {}
-    for part in topology.gather(mine):
-        merged |= part
-    return dict(sorted(merged.items()))
+    found = {}
+    for name in files_in(folder)[rank::ranks]:
+        path = folder / name
+        sync(path)
+        if path.suffix == ".safetensors" and not complete_safetensors(path):
+            raise OSError(f"{path}: shorter than its header says")
+        found[name] = {"bytes": path.stat().st_size, "xxh3_128": checksum(path)}
+    return found
 
 
 def damage(folder: Path, topology: Topology | None = None) -> str | None:

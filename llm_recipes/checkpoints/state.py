@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,51 +106,64 @@ def save(
     started = time.monotonic()
     final = root / manifest.folder_name(step)
     partial = final.with_name(final.name + manifest.PARTIAL)
-    error: Exception | None = None
-    try:
-        if topology.is_first:
-            shutil.rmtree(partial, ignore_errors=True)
-            (partial / "model").mkdir(parents=True)
-            (partial / "optimizer").mkdir()
-            write_config(model, partial / "model")
-            copy_model_files(base, partial / "model")
-            for name, text in run_files.items():
-                (partial / name).write_text(text, encoding="utf-8")
-            (partial / "state.json").write_text(json.dumps(dict(state), indent=2) + "\n", encoding="utf-8")
-    except OSError as problem:
-        error = problem
-    _agree_written(error, partial, topology)
     moments, absent = optimizer_state(model, optimizer)
-    try:
-        _write(model_state_to_write(model), partial / "model")
-        if moments:
-            _write(moments, partial / "optimizer")
-        files = manifest.describe(partial, topology)
-        if topology.is_first:
-            content = {"step": step, "files": files, "without_optimizer_state": absent}
-            path = partial / manifest.MANIFEST
-            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            manifest.sync(path)
-            for folder in (partial / "model", partial / "optimizer", partial):
-                manifest.sync(folder)
-            shutil.rmtree(final, ignore_errors=True)
-            os.rename(partial, final)
-            manifest.sync(root)
-    except (OSError, RuntimeError) as problem:
-        error = problem
-    except Exception as problem:  # torch wraps a rank's OSError in an exception of its own
-        if "OSError" not in str(problem) and "No space" not in str(problem):
-            raise
-        error = problem
-    _agree_written(error, partial, topology)
+
+    def begin() -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / "model").mkdir(parents=True)
+        (partial / "optimizer").mkdir()
+        write_config(model, partial / "model")
+        copy_model_files(base, partial / "model")
+        for name, text in run_files.items():
+            (partial / name).write_text(text, encoding="utf-8")
+        (partial / "state.json").write_text(json.dumps(dict(state), indent=2) + "\n", encoding="utf-8")
+
+    def commit(files: dict[str, Any]) -> None:
+        content = {"step": step, "files": dict(sorted(files.items())), "without_optimizer_state": absent}
+        path = partial / manifest.MANIFEST
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        for each in (path, partial / "model", partial / "optimizer", partial):
+            manifest.sync(each)
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(partial, final)
+        manifest.sync(root)
+
+    def together(work: Callable[[], Any]) -> list[Any]:
+        return _together(work, partial, topology)
+
+    together(begin if topology.is_first else _nothing)
+    together(lambda: _write(model_state_to_write(model), partial / "model"))
+    together(lambda: _write(moments, partial / "optimizer") if moments else None)
+    parts = together(lambda: manifest.describe(partial, topology.rank, topology.ranks))
+    files = {name: entry for part in parts for name, entry in part.items()}
+    together((lambda: commit(files)) if topology.is_first else _nothing)
     log.info("checkpoint %s, %.1f s", final, time.monotonic() - started)
     return final
 
 
-def _agree_written(error: Exception | None, partial: Path, topology: Topology) -> None:
-    problems = [problem for problem in topology.gather(str(error) if error else None) if problem]
+def _nothing() -> None:
+    """What the other ranks do while the first one works."""
+
+
+def _together(work: Callable[[], Any], partial: Path, topology: Topology) -> list[Any]:
+    """Do something on every rank, and go on only if it went well on all; what each rank's gave.
+
+    Raises:
+        UserError: on every rank, if the disk refused on any.
+    """
+    result, error = None, None
+    try:
+        result = work()
+    except OSError as problem:
+        error = str(problem)
+    except Exception as problem:  # torch wraps a rank's OSError in an exception of its own, on every rank
+        error = str(problem)
+        if "Errno" not in error and "No space" not in error:
+            raise
+    answers = topology.gather((result, error))
+    problems = [problem for _, problem in answers if problem is not None]
     if not problems:
-        return
+        return [each for each, _ in answers]
     if topology.is_first:
         shutil.rmtree(partial, ignore_errors=True)
     reason = next((line for text in problems for line in text.splitlines() if "Errno" in line), problems[0])
