@@ -14,6 +14,7 @@ from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 import hydra
+import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -24,6 +25,8 @@ from llm_recipes.config import SCHEMAS, check
 from llm_recipes.errors import EXIT_STATUS, UserError, did_you_mean
 
 PACKAGE = Path(__file__).parent
+OWN_CONF = Path("conf")
+"""The user's own experiments, below where the verb is run."""
 
 
 def conf_folder() -> Path:
@@ -113,14 +116,14 @@ def _as_entry(argument: str, free: int) -> str:
 
 def _groups(key: str) -> list[str]:
     """A key that is a folder of configurations (`exp`), ours or the user's."""
-    return [key for root in (conf_folder(), Path("conf")) if "." not in key and key and (root / key).is_dir()]
+    return [key for root in (conf_folder(), OWN_CONF) if "." not in key and key and (root / key).is_dir()]
 
 
 def explain(error: BaseException, verb: str) -> str:
     """One line for what Hydra or OmegaConf refused."""
     cause: BaseException = error
-    while cause.__cause__ is not None and not isinstance(cause, OmegaConfBaseException):
-        cause = cause.__cause__
+    while not isinstance(cause, OmegaConfBaseException) and (before := cause.__cause__ or cause.__context__):
+        cause = before
     text = str(error)
     key = getattr(cause, "full_key", None)
     if key and "[" not in key and isinstance(cause, ConfigKeyError | ConfigAttributeError):
@@ -133,7 +136,7 @@ def explain(error: BaseException, verb: str) -> str:
     missing = re.search(r"Could not find '([^']+)'", text)
     if missing:
         group, _, name = missing.group(1).rpartition("/")
-        names = [path.stem for root in (conf_folder(), Path("conf")) for path in (root / group).glob("*.yaml")]
+        names = [path.stem for root in (conf_folder(), OWN_CONF) for path in (root / group).glob("*.yaml")]
         return f"no configuration '{missing.group(1)}', {did_you_mean(name, names)}"
     where = f"{key}: " if key and key not in first else ""
     return where + " ".join(first.split())
@@ -180,12 +183,17 @@ def run_verb(verb: str, function: Callable[[Any], None]) -> None:
 
     main = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=verb)(task)
     try:
+        if OWN_CONF.is_dir():
+            sys.argv.append(f"hydra.searchpath=[file://{OWN_CONF}]")
         sys.argv[1:], emptied[:] = read_overrides(verb, sys.argv[1:])
         main()
     except UserError as error:
         fail(error)
     except (HydraException, OmegaConfBaseException) as error:
         fail(UserError(explain(error, verb)))
+    except yaml.MarkedYAMLError as error:
+        place = f"{error.problem_mark.name}:{error.problem_mark.line + 1}" if error.problem_mark else "the configuration"
+        fail(UserError(f"{place}: not YAML, {error.problem}"))
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)

@@ -43,8 +43,8 @@ def isolate_documents(lm: CausalLM, wanted: bool) -> None:
             continue
         if not math.isfinite(found.apart):
             raise UserError(
-                f"this model's logits are not finite in {lm.precision.name}; try another parallel.precision, and look at "
-                "its weights"
+                f"this model's logits are not finite in {lm.precision.name}; try another parallel.precision, and look "
+                "at its weights"
             )
         # Every rank ran the same trial; a rounding difference between them must not send them different ways.
         if all(lm.topology.gather(found.holds(lm.precision.compute))):
