@@ -8,7 +8,9 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -25,6 +27,7 @@ from llm_recipes.config import SCHEMAS, check
 from llm_recipes.errors import EXIT_STATUS, UserError, did_you_mean
 
 PACKAGE = Path(__file__).parent
+SECONDS_FOR_RANK_0 = 20
 OWN_CONF = Path("conf")
 """The user's own experiments, below where the verb is run."""
 
@@ -70,26 +73,34 @@ def read_overrides(verb: str, arguments: list[str]) -> tuple[list[str], list[str
     """Check the keys of `KEY=VALUE` arguments, and let an entry of a dictionary be given like any other key.
 
     Returns:
-        Arguments for Hydra, and the keys of dictionaries that are to be emptied (`~data.validation`).
+        Arguments for Hydra, and the keys of dictionaries that are to be emptied (`data.validation={}`).
 
     Raises:
         UserError: an unknown key, with the nearest known one.
     """
     # In Hydra a new entry needs a `+`, and cannot be made key by key.
     result, emptied = [], []
-    for argument in arguments:
-        key, equals, _ = argument.lstrip("+~").partition("=")
+    for before, argument in pairwise(["", *arguments]):
+        key, equals, value = argument.lstrip("+~").partition("=")
         groups = [key] if "@" in key or key.startswith(("hydra.", "hydra/", "-")) else _groups(key)
+        if not (equals or argument.startswith(("-", "~")) or before.startswith("-")):
+            raise UserError(f"{argument}: expected KEY=VALUE")
         if argument.startswith("-") or groups or not (equals or argument.startswith("~")):
             result.append(argument)
             continue
+        try:
+            sweeps = OverridesParser.create().parse_override(argument).is_sweep_override()
+        except HydraException:
+            quoted = f"'{key}=\"{value}\"'"
+            raise UserError(f"{argument}: the value cannot be read; if it is a text, quote it: {quoted}") from None
         problem, free = find_key(verb, key)
         if problem is not None:
             raise UserError(problem)
-        if not argument.startswith("~"):
-            result.append(_as_entry(argument.lstrip("+"), free) if free else argument.lstrip("+"))
-        elif free == key.count(".") + 1:
+        if free == key.count(".") + 1 and (argument.startswith("~") or value == "{}"):
             emptied.append(key)
+        elif not argument.startswith("~"):
+            plain = argument.lstrip("+")
+            result.append(plain if not free else f"++{plain}" if sweeps else _as_entry(plain, free))
         elif free:
             result.append(argument)
         else:
@@ -104,14 +115,7 @@ def _as_entry(argument: str, free: int) -> str:
     nested = value or "''"
     for name in reversed(names[free:]):
         nested = f"{{{name}:{nested}}}"
-    parser = OverridesParser.create()
-    try:
-        if parser.parse_override(argument).is_sweep_override():
-            return f"++{argument}"
-        parser.parse_override(rewritten := f"++{'.'.join(names[:free])}={nested}")
-    except HydraException:
-        return f"++{argument}"
-    return rewritten
+    return f"++{'.'.join(names[:free])}={nested}"
 
 
 def _groups(key: str) -> list[str]:
@@ -156,6 +160,9 @@ def fail(error: UserError) -> None:
     if rank in (None, 0) or not error.everywhere:
         line = " ".join(str(error).split())
         print(f"error: {line}", file=sys.stderr, flush=True)
+    elif error.everywhere:
+        # A launcher ends everybody when the first rank leaves: rank 0 may still be on its way to say why.
+        time.sleep(SECONDS_FOR_RANK_0)
     sys.stdout.flush()
     # A peer may wait in a collective that this rank will never join: leave without its teardown.
     os._exit(EXIT_STATUS) if rank is not None and "torch" in sys.modules else sys.exit(EXIT_STATUS)
@@ -184,7 +191,9 @@ def run_verb(verb: str, function: Callable[[Any], None]) -> None:
     main = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=verb)(task)
     try:
         if OWN_CONF.is_dir():
-            sys.argv.append(f"hydra.searchpath=[file://{OWN_CONF}]")
+            # Beside the other overrides: argparse does not take them from both sides of a flag.
+            first = next((at for at, word in enumerate(sys.argv) if at and "=" in word and word[0] != "-"), 1)
+            sys.argv.insert(first, f"hydra.searchpath=[file://{OWN_CONF}]")
         sys.argv[1:], emptied[:] = read_overrides(verb, sys.argv[1:])
         main()
     except UserError as error:
@@ -192,7 +201,9 @@ def run_verb(verb: str, function: Callable[[Any], None]) -> None:
     except (HydraException, OmegaConfBaseException) as error:
         fail(UserError(explain(error, verb)))
     except yaml.MarkedYAMLError as error:
-        place = f"{error.problem_mark.name}:{error.problem_mark.line + 1}" if error.problem_mark else "the configuration"
+        place = (
+            f"{error.problem_mark.name}:{error.problem_mark.line + 1}" if error.problem_mark else "the configuration"
+        )
         fail(UserError(f"{place}: not YAML, {error.problem}"))
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

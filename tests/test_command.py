@@ -56,7 +56,8 @@ def test_entries_of_a_dictionary_are_given_like_any_key(argument: str, handed: s
 
 
 def test_a_dictionary_can_be_emptied() -> None:
-    assert read_overrides("pretrain", ["~data.validation"]) == ([], ["data.validation"])
+    for argument in ("~data.validation", "data.validation={}"):
+        assert read_overrides("pretrain", [argument]) == ([], ["data.validation"])
     assert read_overrides("pretrain", ["~data.sources.en"]) == (["~data.sources.en"], [])
 
 
@@ -94,6 +95,8 @@ COMBINATIONS = [
     (["optim.min_lr=1"], "must lie between 0 and optim.lr"),
     (["checkpoint.every=0"], "checkpoint.every=0: must be more than 0"),
     (["dry_run=maybe"], "dry_run"),
+    (["data.sources.ja.path=a[0]"], "if it is a text, quote it: 'data.sources.ja.path=\"a[0]\"'"),
+    (["train.steps"], "train.steps: expected KEY=VALUE"),
 ]
 
 
@@ -113,6 +116,9 @@ def test_a_missing_experiment_names_the_nearest_and_the_user_s_own_is_found(tmp_
     (own / "mine.yaml").write_text("# @package _global_\ndefaults: [swallow_mini]\nmodel: {path: /nowhere/model}\n")
     done = verb(tmp_path, "pretrain", "+exp=mine")
     assert done.returncode == 2 and "model.path=/nowhere/model: no such model folder" in done.stderr
+    for arguments in (["+exp=mine", "--help"], ["--help", "+exp=mine"], ["--cfg", "job", "+exp=mine"]):
+        done = verb(tmp_path, "pretrain", *arguments)
+        assert done.returncode == 0 and "path: /nowhere/model" in done.stdout
     (own / "wrong.yaml").write_text("# @package _global_\noptim: {learning_rate: 1}\n")
     done = verb(tmp_path, "pretrain", "+exp=wrong")
     assert done.returncode == 2 and "did you mean 'optim.lr'?" in done.stderr and done.stderr.count("\n") == 1

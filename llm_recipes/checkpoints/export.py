@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ def export(config: ExportConfig) -> Path:
         model.save_pretrained(beside, max_shard_size=config.max_shard_size)
         copy_model_files(checkpoint / "model", beside)
         (beside / "README.md").write_text(model_card(checkpoint, config.dtype), encoding="utf-8")
+        for path in beside.iterdir():  # safetensors writes for the owner alone
+            path.chmod(0o666 & ~umask())
         if output.exists():
             output.rmdir()
         os.replace(beside, output)
@@ -52,6 +55,13 @@ def export(config: ExportConfig) -> Path:
     if config.push_to_hub is not None:
         push(output, config.push_to_hub, config.branch)
     return output
+
+
+def umask() -> int:
+    """This process's; asking is setting."""
+    current = os.umask(0)
+    os.umask(current)
+    return current
 
 
 def _read(path: Path) -> Any:
@@ -70,10 +80,11 @@ def model_card(checkpoint: Path, dtype: str) -> str:
     languages = sorted({row["language"] for row in plan if row.get("language")})
     rows = [
         f"| {row['name']} | {row['language'] or '-'} | {row['share']:.1%} | {row['tokens_wanted']:,} "
-        f"| {licences.get(row['name']) or 'not stated'} |"
+        f"| {licences.get('sources', {}).get(row['name']) or 'not stated'} |"
         for row in plan
     ]
     front = ["---", "library_name: transformers", f"base_model: {json.dumps(base)}"]
+    front += [f"license: {licences['base']}"] if re.fullmatch(r"[a-z0-9.-]+", licences.get("base") or "") else []
     front += ["language:", *(f"- {language}" for language in languages)] if languages else []
     return "\n".join(
         [
@@ -82,10 +93,10 @@ def model_card(checkpoint: Path, dtype: str) -> str:
             "",
             f"# {run.get('run', {}).get('name', checkpoint.parent.parent.name)}",
             "",
-            f"Continued pretraining of `{base}` ({base_licence(checkpoint)}), {state.get('step')} steps, "
-            f"{state.get('consumed_tokens', 0):,} tokens; weights in {dtype}.",
+            f"Continued pretraining of `{base}` (licence: {licences.get('base') or 'not stated'}), "
+            f"{state.get('step')} steps, {state.get('consumed_tokens', 0):,} tokens; weights in {dtype}.",
             "",
-            "| source | language | share | tokens | licence |",
+            "| source | language | share | tokens planned | licence |",
             "|---|---|---|---|---|",
             *rows,
             "",
@@ -97,14 +108,6 @@ def model_card(checkpoint: Path, dtype: str) -> str:
             "",
         ]
     )
-
-
-def base_licence(checkpoint: Path) -> str:
-    """The first line of the base model's licence file, where it came with one."""
-    for path in sorted((checkpoint / "model").glob("LICENSE*")):
-        lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
-        return "licence: " + next((line for line in lines if line), path.name)
-    return "licence: see the base model"
 
 
 def push(folder: Path, repository: str, branch: str) -> None:

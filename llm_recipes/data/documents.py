@@ -29,6 +29,9 @@ def window(documents: Sequence[np.ndarray], seq_len: int, separate: bool) -> dic
         document of its own), each int64 of shape (seq_len,). Padding is known by its place, never by its
         token id: an end-of-document token keeps its target.
     """
+    targets_in_all = sum(len(tokens) - 1 for tokens in documents)
+    if targets_in_all > seq_len:
+        raise ValueError(f"{targets_in_all} targets in a window of {seq_len}")
     input_ids = np.zeros(seq_len, np.int64)
     targets = np.full(seq_len, IGNORE, np.int64)
     document_ids = np.full(seq_len, len(documents), np.int64)
@@ -43,8 +46,6 @@ def window(documents: Sequence[np.ndarray], seq_len: int, separate: bool) -> dic
         if separate:
             position_ids[here] = np.arange(len(inputs))
         at += len(inputs)
-    if at > seq_len:
-        raise ValueError(f"{at} targets in a window of {seq_len}")
     if separate:
         position_ids[at:] = np.arange(seq_len - at)
     return {

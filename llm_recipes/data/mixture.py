@@ -16,7 +16,8 @@ import numpy as np
 
 from llm_recipes.data.permutation import keys, permutation, permute
 
-BLOCK = 1024
+BLOCK = 64
+"""Small, so that a short run has its shares too."""
 UNIT = 1 << 32
 GOLDEN = 2654435769
 """UNIT over the golden ratio, odd, so that the offsets visit the whole circle."""

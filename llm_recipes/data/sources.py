@@ -51,6 +51,8 @@ def prefixes(path: Any, where: str) -> list[Path]:
         UserError: a glob that matches nothing.
     """
     found: list[Path] = []
+    if not isinstance(path, Sequence):
+        raise UserError(f"{where}={path}: expected a token file, a list of them, or a glob")
     for entry in [path] if isinstance(path, str) else list(path):
         text = str(entry)
         for ending in ENDINGS[:2]:
@@ -118,11 +120,16 @@ def megatron_sources(data_path: Any) -> dict[str, SourceConfig]:
         except ValueError:
             return None
 
+    if not words:
+        raise UserError("data.data_path: names no token file")
     weights: list[float | None]
     if words and number(words[0]) is not None:
         weights, paths = [number(word) for word in words[0::2]], words[1::2]
         if len(weights) != len(paths) or None in weights:
             raise UserError("data.data_path: expected WEIGHT PATH WEIGHT PATH ...")
+        for weight, path in zip(weights, paths, strict=True):
+            if not (weight is not None and 0 < weight < float("inf")):
+                raise UserError(f"data.data_path: weight {weight} of {path} must be more than 0 and finite")
     else:
         weights, paths = [None] * len(words), words
     sources: dict[str, SourceConfig] = {}
@@ -154,14 +161,14 @@ def open_sources(config: DataConfig, facts: TokenizerFacts) -> list[Source]:
     seen: dict[Path, str] = {}
     sources = []
     for name, source in configured.items():
-        where = f"data.sources.{name}.path"
+        where = f"data.sources.{name}.path" if config.sources else "data.data_path"
         paths = prefixes(source.path, where)
         for path in paths:
             real = path.parent.resolve() / path.name
             real = Path(f"{real}.bin").resolve()
             if real in seen:
-                raise UserError(f"{where}: {path} stands in the mixture twice (also in data.sources.{seen[real]})")
-            seen[real] = name
+                raise UserError(f"{where}: {path} stands in the mixture twice (also in {seen[real]})")
+            seen[real] = where
         files = open_files(paths, where, facts, config)
         windows = Windows(files, config.seq_len, config.mask_documents)
         if len(windows) == 0:

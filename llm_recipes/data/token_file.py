@@ -130,9 +130,15 @@ class TokenFile:
             raise UserError(f"{index_path}: its documents do not cover its sequences")
         self.tokens = end // self.dtype.itemsize
         """Number of tokens."""
+        if self.sidecar is not None and self.sidecar.tokens != self.tokens:
+            raise UserError(
+                f"{self.file('json')}: speaks of {self.sidecar.tokens} tokens, the index of {self.tokens}; "
+                "the sidecar belongs to another file"
+            )
         if self.sidecar is None:
             self._refuse_gaps()
-        self._tokens = np.frombuffer(_map(bin_path), self.dtype)
+        # A negative id is read as one far past every vocabulary, where it is refused.
+        self._tokens = np.frombuffer(_map(bin_path), self.dtype.str.replace("i", "u"))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A loader's worker process opens the file for itself."""
@@ -222,6 +228,8 @@ class TokenFile:
         if self.sidecar is None:
             return
         for ending, expected in self.sidecar.checksums.items():
+            if not self.file(ending).is_file():
+                raise UserError(f"{self.file(ending)}: missing, the sidecar knows it; tokenize the corpus again")
             found = checksum(self.file(ending))
             if found != expected:
                 raise UserError(f"{self.file(ending)}: its checksum is {found}, the sidecar says {expected}")

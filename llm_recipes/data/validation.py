@@ -57,7 +57,7 @@ class ValidationSet:
         self.targets = 0
         self.documents = 0
         self._pieces: list[list[Piece]] = []
-        self._collect(tokens, pack)
+        self._collect(tokens, pack, facts.vocab_size)
 
     def _tokens(self, file: int, document: int) -> np.ndarray:
         """The document's own tokens: without BOS, without its closing end-of-document token."""
@@ -68,7 +68,7 @@ class ValidationSet:
         eod = sidecar.eod_token_id if sidecar is not None else self._eod
         return ids[:-1] if len(ids) and ids[-1] == eod else ids
 
-    def _collect(self, limit: int | None, pack: bool) -> None:
+    def _collect(self, limit: int | None, pack: bool, vocab_size: int) -> None:
         row: list[Piece] = []
         room = self.seq_len
         for number, file in enumerate(self.files):
@@ -77,6 +77,12 @@ class ValidationSet:
                 length = len(self._tokens(number, document))
                 if limit is not None and self.documents and self.targets + length > limit:
                     break
+                largest = int(file.document(document).max())
+                if largest >= vocab_size:
+                    raise UserError(
+                        f"data.validation.{self.name}: document {document} of {file.prefix} holds token {largest}, "
+                        f"past the model's vocabulary of {vocab_size}; it was tokenized for another model"
+                    )
                 self.documents += 1
                 self.targets += length
                 if document_bytes is None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from llm_recipes.config import ModelConfig, ParallelConfig
 from llm_recipes.data.documents import IGNORE
@@ -133,6 +134,15 @@ def _original_class(model: nn.Module) -> type:
     return next(each for each in type(model).__mro__ if not issubclass(each, FSDPModule))
 
 
+def flash_attention(model: Any, device: torch.device, dtype: torch.dtype) -> str | None:
+    """The newest flash attention that is installed and that this model takes, or None. (Never run on a GPU yet.)"""
+    if device.type != "cuda" or dtype == torch.float32 or not model._supports_flash_attn:
+        return None
+    # The fourth generation is for Blackwell and Hopper, and young: it is used where it is asked for by name.
+    installed = {"flash_attention_3": is_flash_attn_3_available, "flash_attention_2": is_flash_attn_2_available}
+    return next((name for name, available in installed.items() if available()), None)
+
+
 def build(
     config: ModelConfig,
     parallel: ParallelConfig,
@@ -161,6 +171,9 @@ def build(
         return loading.empty_model(own, precision.storage, attention, config.trust_remote_code)
 
     model = empty()
+    if attention is None and (better := flash_attention(model, topology.device, precision.compute)):
+        attention = better
+        model = empty()
     price = cost(model)
     loss_head = head.install(model)
     layers = sharding.layers(model)
@@ -182,7 +195,7 @@ def build(
         f"{price.active_parameters:,}",
         len(layers),
         model.config._attn_implementation,
-        "asked for" if attention else "what transformers chooses for this model here",
+        "asked for" if config.attention != "auto" else "installed here" if attention else "transformers' own choice",
         precision.name,
     )
     if precision.storage != torch.float32:

@@ -8,6 +8,7 @@ weights since 5.x.
 
 import json
 import logging
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -126,6 +127,19 @@ def weight_files(folder: str) -> list[str]:
     if missing:
         raise UserError(f"{folder}: {missing[0]} is named in its index and is not there; bring the model again")
     return [str(root / name) for name in names]
+
+
+def licence(folder: str) -> str | None:
+    """What a model folder says of its licence: `license` in its card's front matter, else its LICENSE's first line."""
+    card = Path(folder) / "README.md"
+    if card.is_file():
+        stated = re.search(r"\A---\n(?:.*\n)*?license:\s*(\S+)", card.read_text(encoding="utf-8", errors="replace"))
+        if stated:
+            return stated.group(1).strip("'\"")
+    for path in sorted(Path(folder).glob("LICENSE*")):
+        lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+        return next((line for line in lines if line), path.name)
+    return None
 
 
 def is_checkpoint(folder: str) -> bool:
@@ -357,3 +371,4 @@ def refuse_uninitialised(model: nn.Module) -> None:
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         if local.is_floating_point() and not bool(torch.isfinite(local).all()):
             raise RuntimeError(f"{name} was left uninitialised, or holds a value that is not finite")
+    log.info("weights: every parameter and buffer has its value")

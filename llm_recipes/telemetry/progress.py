@@ -1,6 +1,7 @@
 """What rank 0 shows on the terminal: a bar with time left, or a line per logged step where there is no terminal."""
 
 import logging
+import sys
 from typing import Any
 
 from rich.console import Console
@@ -17,7 +18,7 @@ def start_logging(first: bool) -> None:
     if console.is_terminal:
         handler = RichHandler(console=console, show_path=False, show_level=False, log_time_format="%H:%M:%S")
     else:
-        handler = logging.StreamHandler()
+        handler = logging.StreamHandler(sys.stdout)  # with the tables and the steps, in their order
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     ours = logging.getLogger("llm_recipes")
     ours.handlers = [handler]

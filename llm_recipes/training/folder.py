@@ -106,7 +106,9 @@ class RunFolder:
         if self.config.checkpoint.resume == "never":
             raise UserError(f"{self.path}: there is a run in it, and checkpoint.resume=never; give another run.name")
         try:
-            old: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(saved))  # type: ignore[assignment]
+            # Keys that the run did not know yet have their default values.
+            known = OmegaConf.merge(OmegaConf.structured(PretrainConfig), OmegaConf.load(saved))
+            old: dict[str, Any] = OmegaConf.to_container(known)  # type: ignore[assignment]
         except Exception as error:
             raise UserError(f"{saved}: cannot be read ({type(error).__name__}); give another run.name") from error
         changed = changed_keys(old, self.settings)
@@ -151,5 +153,7 @@ class RunFolder:
         names = ("config.yaml", "environment.json", "plan.json", "licences.json")
         return {name: (self.path / name).read_text(encoding="utf-8") for name in names if (self.path / name).exists()}
 
-    def write_licences(self, stated: dict[str, str | None]) -> None:
+    def write_licences(self, base: str | None, sources: dict[str, str | None]) -> None:
+        """Keep what model and corpora say of their licences, for the model card."""
+        stated = {"base": base, "sources": sources}
         self._write("licences.json", json.dumps(stated, ensure_ascii=False, indent=2) + "\n")

@@ -142,7 +142,6 @@ class _Run:
         )  # fmt: skip
         if found is None and config.model.init == "pretrained" and loading.is_checkpoint(str(self.base)):
             state.read_model(lm.model, self.base)
-        loading_check = loading.refuse_uninitialised
         optimizer = optim.adamw(lm.model, config.optim)
         scale = optim.LossScale(lm.precision.scales_loss, place.device)
         done = Progress()
@@ -150,8 +149,9 @@ class _Run:
             kept = state.restore(found, lm.model, optimizer)
             done = Progress(kept["step"], kept["consumed_tokens"], kept["skipped_updates"])
             scale.load(kept["loss_scale"])
+            self.data.spans.go_on(done.step, kept["position"])
             log.info("resumed from %s: step %d, next sample %d", found, done.step, kept["position"])
-        loading_check(lm.model)
+        loading.refuse_uninitialised(lm.model)
         samples = Samples(self.data.sources, mixture, config.data.mask_documents)
         training = Training(
             models={"policy": lm},
@@ -203,7 +203,7 @@ class _Run:
         if self.config.dry_run:
             return wanted
         self.folder.open()
-        self.folder.write_licences(corpora.licences(self.data.sources))
+        self.folder.write_licences(loading.licence(str(self.base)), corpora.licences(self.data.sources))
         return self.folder.stage_starts(wanted)
 
     def _show_plan(self, mixture: corpora.Mixture) -> None:
@@ -283,7 +283,8 @@ class _Run:
         clock = Clock(lm, config.data.seq_len, training.progress.step)
         if training.progress.step >= stop:
             log.info("nothing to do: step %d of %d is done (train.stop_at, train.steps)", training.progress.step, stop)
-        elif fresh:
+            return
+        if fresh:
             self._validate(lm, training, metrics, tracker)
         saved = training.progress.step
         try:

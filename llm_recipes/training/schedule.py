@@ -65,6 +65,8 @@ class BatchSpans(Sequence[tuple[int, int]]):
     def __init__(self, size: int, warmup: BatchWarmupConfig, total: int) -> None:
         self.size = size
         self.total = total
+        self.offset = 0
+        """Added to every position: a run whose batch size was changed goes on where its data had come to."""
         self._start = warmup.start if warmup.start is not None else size
         stages = size // self._start - 1
         self._stage_ends = [warmup.steps * (i + 1) // stages for i in range(stages)]
@@ -81,7 +83,11 @@ class BatchSpans(Sequence[tuple[int, int]]):
     def at(self, step: int) -> tuple[int, int]:
         """First position and size of a step's global batch; also past the last step."""
         first = self._first(step)
-        return first, self._first(step + 1) - first
+        return first + self.offset, self._first(step + 1) - first
+
+    def go_on(self, step: int, position: int) -> None:
+        """Let the batch of `step` start at `position`."""
+        self.offset = position - self._first(step)
 
     @overload
     def __getitem__(self, step: int) -> tuple[int, int]: ...

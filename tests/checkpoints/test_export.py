@@ -97,6 +97,9 @@ def test_the_default_is_bf16_and_says_what_it_is_made_of(runs: Any, tmp_path: Pa
     assert {each.dtype for each in model.parameters()} == {torch.bfloat16}
     assert float((found - torch.tensor(logits)).abs().max()) < 0.3
     assert json.loads((output / "config.json").read_text())["dtype"] == "bfloat16"
+    assert oct((output / "model.safetensors").stat().st_mode & 0o777) == oct(
+        (output / "config.json").stat().st_mode & 0o777
+    )
     card = (output / "README.md").read_text()
     for part in (
         "# my_mistral",

@@ -74,8 +74,8 @@ def test_the_road_from_text_to_an_exported_model(place: Path) -> None:
     status, out, err = run(place, [*command, "train.stop_at=2"])
     assert status == 0, err
     assert "step 2/2" in out and "Traceback" not in err and "Warning" not in err
-    status, _, err = run(place, command)
-    assert status == 0 and "resumed from outputs/mine/checkpoints/step-00000002: step 2, next sample 8" in err, err
+    status, out, err = run(place, command)
+    assert status == 0 and "resumed from outputs/mine/checkpoints/step-00000002: step 2, next sample 8" in out, err
     assert [row["step"] for row in rows(place)] == [1, 2, 3, 4]
     assert [row["step"] for row in rows(place, "validation")] == [0, 4]
     last = "outputs/mine/checkpoints/step-00000004"
