@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +18,16 @@ from llm_recipes.data.stream import GlobalBatches, Samples
 from llm_recipes.data.validation import ValidationSet, open_validation
 from llm_recipes.errors import UserError
 from llm_recipes.evaluation import bits_per_byte
-from llm_recipes.models import causal, flops, loading, topology
+from llm_recipes.models import causal, loading, topology
 from llm_recipes.models.causal import CausalLM
 from llm_recipes.telemetry import progress as terminal
 from llm_recipes.telemetry.metrics import Metrics
 from llm_recipes.telemetry.tracker import Tracker
 from llm_recipes.training import optimizer as optim
 from llm_recipes.training import proofs, schedule
+from llm_recipes.training.clock import Clock
 from llm_recipes.training.folder import RunFolder
-from llm_recipes.training.loop import Progress, Skips, Step, Training, figures, to_device, train
+from llm_recipes.training.loop import Progress, Skips, Training, figures, to_device, train
 from llm_recipes.training.objective import NextToken
 
 log = logging.getLogger(__name__)
@@ -368,58 +368,3 @@ def peak_memory(device: torch.device) -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-class Clock:
-    """Throughput between logged steps; validation and saving do not count."""
-
-    def __init__(self, lm: CausalLM, seq_len: int, step: int) -> None:
-        self._ranks = lm.topology.ranks
-        self._seq_len = seq_len
-        self._per_token = lm.cost.per_token(seq_len)
-        self._cuda = lm.topology.device.type == "cuda"
-        name = torch.cuda.get_device_name(lm.topology.device) if self._cuda else "CPU"
-        self._peak = flops.peak_flops(name)
-        if self._peak is None:
-            log.info("MFU: none, the peak of %s is not known", name)
-        self.seconds_per_step = 0.0
-        self.restart(step)
-
-    def restart(self, step: int) -> None:
-        self._from, self._start = step, time.perf_counter()
-        self._targets: list[torch.Tensor] = []
-        self._data = 0.0
-
-    def add(self, step: Step) -> None:
-        self._targets.append(step.targets)
-        self._data += step.seconds_for_data
-
-    def row(self, step: int) -> dict[str, Any]:
-        """Figures since the last logged step. Targets count, padding does not."""
-        targets = int(torch.stack(self._targets).sum())  # waits for the device, before the clock is read
-        seconds = max(time.perf_counter() - self._start, 1e-9)
-        self.seconds_per_step = seconds / max(1, step - self._from)
-        rate = targets / seconds / self._ranks
-        row = {
-            "tokens_per_second_per_device": rate,
-            "model_tflops_per_device": rate * self._per_token / 1e12,
-            "mfu": rate * self._per_token / self._peak if self._peak else None,
-            "seconds": seconds,
-            "seconds_for_data": self._data,
-        }
-        self.restart(step)
-        return row
-
-    def paused(self) -> "_Pause":
-        return _Pause(self)
-
-
-class _Pause:
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-
-    def __enter__(self) -> None:
-        self._began = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._clock._start += time.perf_counter() - self._began

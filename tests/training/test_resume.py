@@ -228,3 +228,12 @@ def test_a_checkpoint_s_model_folder_begins_another_run(ranks: Any, tiny_models:
     begun = tiny.state_of(folder / "next" / "checkpoints" / "step-00000004")
     weights = [name for name in kept if name.startswith("model/")]
     assert weights and all(torch.equal(kept[name], begun[name]) for name in weights)
+
+
+def test_a_changed_batch_size_goes_on_at_the_next_sample(ranks: Any, tiny_models: Any, workplace: Workplace) -> None:
+    folder, model = workplace("run"), tiny_models["mistral"]
+    first, _ = samples(tiny.pretrain_config(folder, model, train__stop_at=3), 1, 3, ranks)
+    larger = {"train__global_batch_size": 6, "run__allow_changes": True}
+    second, _ = samples(tiny.pretrain_config(folder, model, train__stop_at=5, **larger), 1, 2, ranks)
+    third, _ = samples(tiny.pretrain_config(folder, model, **larger), 1, 3, ranks)
+    assert first + second + third == list(range(3 * 4 + 5 * 6))

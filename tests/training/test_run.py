@@ -16,7 +16,7 @@ from llm_recipes.telemetry import metrics
 
 Workplace = Callable[[str], Path]
 
-GOLDEN = [5.8094, 5.9894, 5.7598, 5.9275, 5.9044, 5.8349, 5.8074, 5.8785]
+GOLDEN = [5.8147, 6.0102, 5.7577, 5.9077, 5.8867, 5.8614, 5.8634, 5.7503]
 """Losses of the run below; its data, its mixture, its model or its arithmetic changed if they differ."""
 
 
