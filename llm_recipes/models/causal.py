@@ -117,6 +117,8 @@ class CausalLM:
         experts = int(router_logits[0].shape[-1])
         counted = (batch["targets"] != IGNORE).to(torch.int64)
         rows = batch["input_ids"].shape[0]
+        some = counted.amax(1)
+        counted = torch.where(some[:, None] > 0, counted, 1)  # The mean over no token is NaN, and so its gradient.
         per_window = [
             own(
                 tuple(layer.reshape(rows, -1, experts)[row] for layer in router_logits),
@@ -126,7 +128,7 @@ class CausalLM:
             )
             for row in range(rows)
         ]
-        return torch.stack(per_window).float()
+        return torch.stack(per_window).float() * some
 
 
 def _original_class(model: nn.Module) -> type:
@@ -185,7 +187,12 @@ def build(
     if random:
         model.train()
     elif weights and not loading.is_checkpoint(folder):
-        loading.read_pretrained(model, empty, folder, precision.storage, where)
+        error: Exception | None = None
+        try:
+            loading.read_pretrained(model, empty, folder, precision.storage, where)
+        except Exception as found:
+            error = found
+        topology.agree(error)
     else:
         loading.read_nothing(model, precision.storage, where)
     log.info(

@@ -12,10 +12,13 @@ from torch import nn
 
 PEAK_FLOPS = {
     # Dense bf16, per device, from the vendors' data sheets.
+    "H200 NVL": 835e12,
     "H200": 989e12,
+    "H100 NVL": 835e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,
     "A100": 312e12,
+    "GB200": 2500e12,
     "B200": 2250e12,
 }
 
@@ -75,4 +78,6 @@ def cost(model: Any) -> Cost:
     heads = _first(text, "num_attention_heads", "n_head", "n_heads", "num_heads") or 0
     hidden = _first(text, "hidden_size", "n_embd", "d_model") or 0
     head_dim = _first(text, "head_dim") or (hidden // heads if heads else 0)
-    return Cost(int(total), int(active), int(matrix), layers * heads * head_dim)
+    # Latent attention: keys and values of their own sizes, scores and their use half of the work each.
+    width = ((_first(text, "qk_head_dim") or head_dim) + (_first(text, "v_head_dim") or head_dim)) // 2
+    return Cost(int(total), int(active), int(matrix), layers * heads * width)

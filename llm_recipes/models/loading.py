@@ -10,6 +10,7 @@ import json
 import logging
 import re
 import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,8 @@ def open_config(config: ModelConfig, folder: str) -> Any:
         own = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"model.path={config.path}: no model configuration opens here ({reason})") from error
+        hint = "; set model.trust_remote_code=true if you trust it" if "trust_remote_code" in str(error) else ""
+        raise UserError(f"model.path={config.path}: no model configuration opens here ({reason}){hint}") from error
     for key, value in config.overrides.items():
         override(own, key, value)
     return own
@@ -83,7 +85,10 @@ def override(own: Any, key: str, value: Any) -> None:
         return
     groups = [group for group in vars(target).values() if isinstance(group, dict) and name in group]
     if hasattr(target, name) and name in target.to_dict():
-        setattr(target, name, value)
+        try:
+            setattr(target, name, value)
+        except Exception as error:
+            raise UserError(f"model.overrides.{key}={value}: {' '.join(str(error).split())}") from error
     elif groups:
         for group in groups:
             group[name] = value
@@ -114,7 +119,10 @@ def weight_files(folder: str) -> list[str]:
     root = Path(folder)
     index = root / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{index}: not an index of weights ({error}); bring the model again") from error
     elif (root / "model.safetensors").exists():
         names = ["model.safetensors"]
     else:
@@ -216,6 +224,11 @@ def _read_whole(
         name, pattern = rename_source_key(
             key, renamings, list(dict.fromkeys(converters.values())), model.base_model_prefix, shapes
         )
+        if name in shapes and pattern is None and list(value.get_shape()) != list(shapes[name].shape):
+            raise UserError(
+                f"{load.pretrained_model_name_or_path}: {name} has shape {tuple(value.get_shape())}, the configuration "
+                f"says {tuple(shapes[name].shape)}; see model.overrides"
+            )
         if name in shapes and pattern is not None and not _reads_by_shard(converters[pattern], shapes[name]):
             groups.setdefault(name, {})[key] = value
     for group in groups.values():
@@ -300,6 +313,9 @@ def refuse_unread(model: Any, info: LoadStateDictInfo, folder: str) -> None:
 
 def finish(model: Any, info: LoadStateDictInfo, load: LoadStateDictConfig) -> None:
     """Fill the buffers that no file holds, tie what is tied, and go to training mode."""
+    for module in model.modules():
+        # Building the meta model marked every module as initialised. What has its values is marked itself.
+        module._is_hf_initialized = False
     model._finalize_model_loading(model, load, info)
     model.train()
 
@@ -334,7 +350,7 @@ def random_weights(model: Any, seed: int) -> Callable[[nn.Module, str], None]:
 
     def fill(part: nn.Module, name: str) -> None:
         state = torch.random.get_rng_state()
-        torch.manual_seed(seed + int.from_bytes(name.encode()[-6:], "little"))
+        torch.manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         try:
             for module in part.modules():
                 for parameter in list(module.parameters(recurse=False)):

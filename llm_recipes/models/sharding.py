@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
 from transformers.core_model_loading import build_glob_alternation
 
 from llm_recipes.config import ParallelConfig
@@ -111,10 +111,10 @@ def shard(
     cpu_offload: bool = False,
     fill: Callable[[nn.Module, str], None] | None = None,
 ) -> None:
-    """Shard a model in place: its layers, its input embedding unless tied, and the rest with the root.
+    """Shard a model in place: its layers, its input embedding, and the rest with the root.
 
-    A parameter that two modules share must lie in one group, so a tied embedding stays with the head in the
-    root. Gradients are reduced in fp32, whatever computed them.
+    A parameter that several modules share must lie in one group: it is left to the root, so a tied embedding is there
+    with the head. Gradients are reduced in fp32, whatever computed them.
 
     Args:
         fill: called with each part and its name just before the part is sharded (random initialisation).
@@ -127,38 +127,45 @@ def shard(
     )
     # The module casts as its own code says, as it does in plain transformers: no cast of its inputs by us.
     fp32_policy = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    offload = CPUOffloadPolicy(pin_memory=topology.device.type == "cuda")
     options: dict[str, Any] = {
         "mesh": topology.mesh,
         "shard_placement_fn": lambda parameter: placement(parameter, topology.shard_ranks),
-        "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
+        "offload_policy": offload if cpu_offload else OffloadPolicy(),
     }
 
     def apply(module: nn.Module, policy: MixedPrecisionPolicy, reshard: bool | None) -> None:
         if fill is not None:
             fill(module, names[id(module)])
-        fully_shard(module, mp_policy=policy, reshard_after_forward=reshard, **options)
+        original = type(module)
+        left = set() if module is model else shared_parameters(model)
+        if left.issuperset(module.parameters()) and module is not model:
+            return
+        fully_shard(module, mp_policy=policy, reshard_after_forward=reshard, ignored_params=left, **options)
+        # FSDP's subclass of it belongs to torch, and transformers takes what is not its own for custom code.
+        type(module).__module__ = original.__module__
 
     reshard = topology.reshard_after_forward
-    for module in declared_fp32(model, precision):
+    declared = declared_fp32(model, precision)
+    # Innermost first: one may lie inside another.
+    for module in reversed(declared):
         for child in module.children():
-            if any(True for _ in child.parameters()):
+            if any(True for _ in child.parameters()) and not any(child is each for each in declared):
                 apply(child, policy, reshard)
         apply(module, fp32_policy, reshard)
     for layer in layers(model):
         apply(layer, policy, reshard)
     embedding = model.get_input_embeddings()
-    if embedding is not None and not shares_parameters(model, embedding):
+    if embedding is not None and not any(isinstance(each, DTensor) for each in embedding.parameters()):
         apply(embedding, policy, reshard)
     apply(model, policy, None)
 
 
-def shares_parameters(model: nn.Module, module: nn.Module) -> bool:
-    """Whether another module of the model holds one of this module's own parameters too."""
-    own = {id(parameter) for parameter in module.parameters()}
-    mine = {id(each) for each in module.modules()}
-    return any(
-        id(parameter) in own
-        for other in model.modules()
-        if id(other) not in mine
-        for parameter in other.parameters(recurse=False)
-    )
+def shared_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """Parameters that more than one module owns."""
+    seen: set[nn.Parameter] = set()
+    shared: set[nn.Parameter] = set()
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            (shared if parameter in seen else seen).add(parameter)
+    return shared

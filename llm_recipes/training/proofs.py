@@ -103,7 +103,8 @@ def neighbours(batch: Batch) -> dict[int, torch.Tensor]:
     later = torch.full_like(targets, IGNORE)
     inside = (documents[:, 1:] == documents[:, :-1]) & (targets[:, :-1] != IGNORE)
     later[:, :-1] = torch.where(inside, targets[:, 1:], IGNORE)
-    earlier = torch.where(targets != IGNORE, batch["input_ids"], IGNORE)
+    earlier = torch.full_like(targets, IGNORE)
+    earlier[:, 1:] = torch.where(inside, targets[:, :-1], IGNORE)
     return {-1: earlier, 1: later}
 
 

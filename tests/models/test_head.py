@@ -1,0 +1,260 @@
+"""The head that answers with losses is cross entropy of its logits, to the last gradient, in less memory."""
+
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from llm_recipes.data.documents import IGNORE, window
+from llm_recipes.data.stream import stack
+from llm_recipes.models import head
+
+
+@st.composite
+def problems(draw: Any) -> dict[str, Any]:
+    """Hidden states, a head, targets and upstream gradients, and how many logits fit into a chunk."""
+    tokens, hidden, vocabulary = (draw(st.integers(1, most)) for most in (17, 9, 23))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+    ignored = torch.tensor(draw(st.lists(st.booleans(), min_size=tokens, max_size=tokens)))
+    return {
+        "hidden": 2 * torch.randn(tokens, hidden, generator=generator),
+        "weight": torch.randn(vocabulary, hidden, generator=generator),
+        "bias": torch.randn(vocabulary, generator=generator) if draw(st.booleans()) else None,
+        "targets": torch.where(ignored, IGNORE, torch.randint(vocabulary, (tokens,), generator=generator)),
+        "upstream": torch.randn(tokens, generator=generator),
+        # One token at a time, several with a remainder, or all at once.
+        "chunk": draw(st.integers(1, (tokens + 1) * vocabulary)),
+    }
+
+
+def chunks_of(elements: int) -> Any:
+    return patch.dict(head.CHUNK_ELEMENTS, {"cpu": elements})
+
+
+def by_chunks(problem: dict[str, Any], dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Losses and gradients of hidden states, weight and bias, by the chunked head."""
+    leaves = leaves_of(problem, dtype)
+    with chunks_of(problem["chunk"]):
+        losses = head.head_losses(leaves["hidden"], leaves["weight"], leaves.get("bias"), problem["targets"])
+        losses.backward(problem["upstream"])
+    return losses.detach(), [each.grad for each in leaves.values()]
+
+
+def at_once(problem: dict[str, Any], dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The same by torch, on all logits."""
+    leaves = leaves_of(problem, dtype)
+    logits = F.linear(leaves["hidden"], leaves["weight"], leaves.get("bias"))
+    logits = logits if dtype == torch.float64 else logits.float()
+    losses = F.cross_entropy(logits, problem["targets"], ignore_index=IGNORE, reduction="none")
+    losses.backward(problem["upstream"].to(losses.dtype))
+    return losses.detach(), [each.grad for each in leaves.values()]
+
+
+def leaves_of(problem: dict[str, Any], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    names = [name for name in ("hidden", "weight", "bias") if problem[name] is not None]
+    # Whatever the dtype, the numbers are ones that bf16 can hold.
+    return {name: problem[name].bfloat16().to(dtype).requires_grad_() for name in names}
+
+
+@given(problems())
+@settings(max_examples=80, deadline=None)
+def test_losses_and_gradients_are_those_of_full_logits_however_they_are_chunked(problem: dict[str, Any]) -> None:
+    losses, gradients = by_chunks(problem)
+    expected, expected_gradients = at_once(problem)
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-5)
+    assert not losses[problem["targets"] == IGNORE].any(), "an ignored target has no loss"
+    assert not gradients[0][problem["targets"] == IGNORE].any(), "nor a gradient"
+
+
+@given(problems())
+@settings(max_examples=40, deadline=None)
+def test_losses_of_given_logits_are_cross_entropy_too(problem: dict[str, Any]) -> None:
+    ours, theirs = (problem["hidden"].clone().requires_grad_() for _ in range(2))
+    targets = torch.where(problem["targets"] == IGNORE, IGNORE, problem["targets"] % ours.shape[1])
+    with chunks_of(problem["chunk"]):
+        losses = head.logits_losses(ours, targets)
+        losses.backward(problem["upstream"])
+    expected = F.cross_entropy(theirs, targets, ignore_index=IGNORE, reduction="none")
+    expected.backward(problem["upstream"])
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.detach(), problem["hidden"], rtol=0, atol=0, msg="the model's logits are its own")
+
+
+def large(tokens: int, hidden: int, vocabulary: int, chunk: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "hidden": torch.randn(tokens, hidden, generator=generator),
+        "weight": torch.randn(vocabulary, hidden, generator=generator) / hidden**0.5,
+        "bias": torch.randn(vocabulary, generator=generator),
+        "targets": torch.randint(vocabulary, (tokens,), generator=generator),
+        "upstream": torch.rand(tokens, generator=generator),
+        "chunk": chunk,
+    }
+
+
+@pytest.mark.parametrize("rows", [7, 64, 1000])
+def test_in_bf16_nothing_is_lost_beyond_what_full_logits_lose(rows: int) -> None:
+    """Against the same numbers in fp64. Adding chunks up in bf16 would cost several times the error."""
+    problem = large(512, 32, 96, rows * 96)
+    exact, exact_gradients = at_once(problem, torch.float64)
+    ours, theirs = by_chunks(problem, torch.bfloat16), at_once(problem, torch.bfloat16)
+
+    def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+        return float((found.double() - wanted).norm() / wanted.norm())
+
+    assert ours[0].dtype == torch.float32
+    assert error(ours[0], exact) <= 1.1 * error(theirs[0], exact) < 1e-2
+    for found, plain, wanted in zip(ours[1], theirs[1], exact_gradients, strict=True):
+        assert found.dtype == torch.bfloat16
+        assert error(found, wanted) <= 1.2 * error(plain, wanted) < 2e-2
+
+
+def test_a_batch_without_targets_has_no_loss_no_gradient_and_no_nan() -> None:
+    problem = large(12, 8, 16, 3 * 16) | {"targets": torch.full((12,), IGNORE)}
+    for dtype in (torch.float32, torch.bfloat16):
+        losses, gradients = by_chunks(problem, dtype)
+        assert torch.equal(losses, torch.zeros(12))
+        assert all(torch.equal(each, torch.zeros_like(each)) for each in gradients)
+
+
+def test_logits_too_large_for_exp_give_no_nan() -> None:
+    problem = large(12, 8, 16, 3 * 16)
+    problem["hidden"] = problem["hidden"] * 1e3
+    losses, gradients = by_chunks(problem)
+    expected, expected_gradients = at_once(problem)
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-3)
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
+def test_what_is_frozen_gets_no_gradient() -> None:
+    problem = large(12, 8, 16, 3 * 16)
+    leaves = leaves_of(problem, torch.float32)
+    leaves["weight"].requires_grad_(False)
+    leaves["bias"].requires_grad_(False)
+    with chunks_of(problem["chunk"]):
+        head.head_losses(*leaves.values(), problem["targets"]).backward(problem["upstream"])
+    torch.testing.assert_close(leaves["hidden"].grad, at_once(problem)[1][0], rtol=1e-5, atol=1e-6)
+    assert leaves["weight"].grad is None and leaves["bias"].grad is None
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest fp32 tensor that any operation gives, and that of any dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fp32 = self.any = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for each in tree_leaves(result):
+            if isinstance(each, torch.Tensor):
+                self.any = max(self.any, each.numel())
+                if each.dtype in (torch.float32, torch.float64):
+                    self.fp32 = max(self.fp32, each.numel())
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_tokens_by_vocabulary_matrix_is_ever_held(dtype: torch.dtype) -> None:
+    tokens, hidden, vocabulary, chunk = 256, 8, 128, 4 * 128
+    problem = large(tokens, hidden, vocabulary, chunk)
+    with Largest() as noted:
+        at_once(problem, dtype)
+    assert noted.fp32 == tokens * vocabulary, "the watch sees forward and backward of the plain way"
+    with Largest() as noted:
+        by_chunks(problem, dtype)
+    # The weight's and the hidden states' own gradients are as large as they are.
+    assert noted.any <= max(chunk, vocabulary * hidden, tokens * hidden)
+
+
+def test_given_logits_are_never_held_whole_in_fp32() -> None:
+    logits = torch.randn(256, 128).bfloat16().requires_grad_()
+    with chunks_of(4 * 128), Largest() as noted:
+        head.logits_losses(logits, torch.arange(256) % 128).sum().backward()
+    assert noted.fp32 <= 4 * 128
+
+
+def tiny_model(family: str = "mistral", **changes: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(tiny.model_config(family, **changes), dtype=torch.float32)
+
+
+def test_an_end_of_document_target_keeps_its_loss_where_padding_has_the_same_id() -> None:
+    """PAD = EOS is common; a library that masks by id never teaches a model to stop."""
+    model = tiny_model(pad_token_id=257)
+    batch = stack([window([np.asarray([1, 2, 3, 257]), np.asarray([5, 257])], 8, separate=True)])
+    assert batch["targets"].tolist() == [[2, 3, 257, 257, *[IGNORE] * 4]]
+    inputs = {key: batch[key] for key in ("input_ids", "position_ids")}
+    logits = model(**inputs, use_cache=False).logits
+    loss_head = head.install(model)
+    assert loss_head is not None
+    loss_head.targets = batch["targets"]
+    losses = model(**inputs, use_cache=False).logits[..., 0]
+    expected = F.cross_entropy(logits[0], batch["targets"][0], reduction="none", ignore_index=IGNORE)
+    torch.testing.assert_close(losses[0], expected)
+    assert bool((losses[0, :4] > 1).all()), "both ends of document are learned"
+    assert not losses[0, 4:].any(), "padding is not"
+
+
+def test_a_head_answers_with_logits_unless_it_is_given_targets() -> None:
+    model = tiny_model()
+    ids = torch.arange(12).view(2, 6)
+    before = model(input_ids=ids, use_cache=False).logits
+    loss_head = head.install(model)
+    assert loss_head is not None
+    torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, before, rtol=0, atol=0)
+    loss_head.targets = ids
+    assert model(input_ids=ids, use_cache=False).logits.shape == (2, 6, 1)
+    loss_head.targets = None
+    torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, before, rtol=0, atol=0)
+
+
+def test_the_answer_of_a_loss_head_is_no_view() -> None:
+    """FSDP puts a hook on a module's output, and warns of, or fails on, a view that is changed in place."""
+    linear = nn.Linear(8, 16)
+    loss_head = head.LossHead(linear)
+    loss_head.targets = torch.arange(6).view(2, 3)
+    losses = linear(torch.randn(2, 3, 8, requires_grad=True))
+    assert losses.shape == (2, 3, 1)
+    assert not losses._is_view()
+
+
+def test_only_a_plain_linear_head_is_replaced() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(hidden)
+
+    class Model:
+        def __init__(self, output: Any) -> None:
+            self.output = output
+
+        def get_output_embeddings(self) -> Any:
+            return self.output
+
+    for other in (Scaled(4, 4), nn.Embedding(4, 4), nn.Sequential(nn.Linear(4, 4)), None):
+        forward = getattr(other, "forward", None)
+        assert head.install(Model(other)) is None
+        assert getattr(other, "forward", None) == forward, "it is left as it is"
+    assert head.install(Model(nn.Linear(4, 4))) is not None
+
+
+def test_a_chunk_holds_at_least_one_token() -> None:
+    with chunks_of(100):
+        assert head.chunk_rows(1000, torch.device("cpu")) == 1
+        assert head.chunk_rows(10, torch.device("cpu")) == 10
