@@ -6,6 +6,8 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 VENV := .venv
+# Threads that spin while they wait would only take the time of the other processes on a small machine.
+export OMP_WAIT_POLICY := passive
 BIN := $(VENV)/bin
 # Arguments for pytest or for the quickstart: make test ARGS='-k resume'
 ARGS ?=

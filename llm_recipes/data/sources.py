@@ -14,7 +14,7 @@ from llm_recipes.errors import UserError
 
 ENDINGS = (".bin", ".idx", ".json", ".bytes")
 LOOKED_AT = 256
-"""Documents whose first token is looked at in a file that does not say whether it has BOS."""
+"""Documents whose first token is looked at in a corpus that does not say whether it has BOS."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,13 @@ def prefixes(path: Any, where: str) -> list[Path]:
     return found
 
 
-def check_file(file: TokenFile, where: str, facts: TokenizerFacts, accepted: Sequence[str]) -> None:
+def check_file(
+    file: TokenFile, where: str, facts: TokenizerFacts, accepted: Sequence[str], looked_at: int = LOOKED_AT
+) -> None:
     """Refuse a token file that does not fit the model's tokenizer.
+
+    Args:
+        looked_at: documents whose first token is read where the file says nothing of BOS.
 
     Raises:
         UserError: another tokenizer, a token id past the vocabulary, or another BOS policy.
@@ -92,7 +97,7 @@ def check_file(file: TokenFile, where: str, facts: TokenizerFacts, accepted: Seq
     else:
         if facts.bos_token is None:
             return
-        step = max(1, file.documents // LOOKED_AT)
+        step = max(1, file.documents // looked_at)
         first = [int(file.read(s, s + 1)[0]) for s in map(file.document_start, range(0, file.documents, step))]
         with_bos = sum(token == facts.bos_token for token in first)
         if 0 < with_bos < len(first):
@@ -147,7 +152,8 @@ def open_files(paths: Sequence[Path], where: str, facts: TokenizerFacts, config:
     for file in files:
         if config.verify:
             file.verify()
-        check_file(file, where, facts, config.accept_tokenizer)
+        # A corpus of a thousand shards is looked at as often as one of a single file, and at each shard's start.
+        check_file(file, where, facts, config.accept_tokenizer, max(2, LOOKED_AT // len(files)))
     return files
 
 

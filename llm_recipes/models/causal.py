@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from llm_recipes.errors import UserError
 from llm_recipes.models import head, loading, sharding
 from llm_recipes.models import layers as layer_options
 from llm_recipes.models.flops import Cost, cost
-from llm_recipes.models.masking import Masking, accepted_arguments
+from llm_recipes.models.masking import Masking, accepted_arguments, sliding_window
 from llm_recipes.models.topology import Topology
 
 log = logging.getLogger(__name__)
@@ -79,13 +80,17 @@ class CausalLM:
         output = self.model(**(way or self.masking).arguments(batch))
         return output.logits.reshape(*batch["input_ids"].shape, -1)
 
-    def token_losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def token_losses(self, batch: Batch, uniform: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Cross entropy of each target in nats, fp32 (B, T), 0 where ignored; and of a mixture of experts
-        that asks for it (`output_router_logits`) the auxiliary loss of each window, fp32 (B,), unweighted."""
+        that asks for it (`output_router_logits`) the auxiliary loss of each window, fp32 (B,), unweighted.
+
+        Args:
+            uniform: the losses will be added up with the same weight each; see `head.head_losses`.
+        """
         targets = batch["targets"]
         arguments = self.masking.arguments(batch)
         if self.use_loss_head and self.loss_head is not None:
-            self.loss_head.targets = targets
+            self.loss_head.targets, self.loss_head.uniform = targets, uniform
             try:
                 output = self.model(**arguments)
             finally:
@@ -102,7 +107,8 @@ class CausalLM:
         text = self.model.config.get_text_config()
         if not getattr(text, "output_router_logits", False):
             return 0.0
-        return float(getattr(text, "router_aux_loss_coef", 0.0))
+        names = ("router_aux_loss_coef", "aux_loss_coef")
+        return next((float(getattr(text, name)) for name in names if hasattr(text, name)), 0.0)
 
     def _router_losses(self, output: Any, batch: Batch) -> torch.Tensor | None:
         """The model family's own load-balancing loss, window by window: a product of means over what it is
@@ -169,8 +175,8 @@ def build(
     own = loading.open_config(config, folder)
     attention = None if config.attention == "auto" else config.attention
 
-    def empty() -> Any:
-        return loading.empty_model(own, precision.storage, attention, config.trust_remote_code)
+    def empty(device: str = "meta") -> Any:
+        return loading.empty_model(own, precision.storage, attention, config.trust_remote_code, device)
 
     model = empty()
     if attention is None and (better := flash_attention(model, topology.device, precision.compute)):
@@ -181,7 +187,7 @@ def build(
     layers = sharding.layers(model)
     layer_options.prepare(layers, config.activation_checkpointing, config.compile)
     random = weights and config.init == "random"
-    fill = loading.random_weights(model, seed) if random else None
+    fill = loading.random_weights(model, seed, partial(empty, "cpu")) if random else None
     sharding.shard(model, topology, precision, parallel.cpu_offload, fill)
     where = torch.device("cpu") if parallel.cpu_offload else topology.device
     if random:
@@ -211,5 +217,7 @@ def build(
             "weight is rounded away (bf16-mixed keeps them in fp32)",
             precision.name,
         )
-    way = Masking("positions" if mask_documents else "none", accepted_arguments(model), precision.compute)
+    way = Masking(
+        "positions" if mask_documents else "none", accepted_arguments(model), precision.compute, sliding_window(model)
+    )
     return CausalLM(model, topology, precision, price, way, loss_head)

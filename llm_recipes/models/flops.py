@@ -46,7 +46,31 @@ class Cost:
 
 
 def _first(config: Any, *names: str) -> int | None:
-    return next((int(value) for name in names if isinstance(value := getattr(config, name, None), int)), None)
+    for name in names:
+        try:
+            value = getattr(config, name, None)
+        except RuntimeError:  # transformers: it differs from layer to layer
+            continue
+        if isinstance(value, int):
+            return value
+    return None
+
+
+def _attention_width(text: Any) -> int:
+    """Heads * head_dim, summed over the layers."""
+    layers = _first(text, "num_hidden_layers", "n_layer", "num_layers", "n_layers") or 0
+    each_layer = [text] * layers
+    if getattr(text, "is_heterogeneous", False):
+        each_layer = [text.per_layer_config[layer] for layer in range(layers)]
+    total = 0
+    for layer in each_layer:
+        heads = _first(layer, "num_attention_heads", "n_head", "n_heads", "num_heads") or 0
+        hidden = _first(layer, "hidden_size", "n_embd", "d_model") or 0
+        head_dim = _first(layer, "head_dim") or (hidden // heads if heads else 0)
+        # Latent attention: keys and values of their own sizes, scores and their use half of the work each.
+        width = ((_first(layer, "qk_head_dim") or head_dim) + (_first(layer, "v_head_dim") or head_dim)) // 2
+        total += heads * width
+    return total
 
 
 def cost(model: Any) -> Cost:
@@ -74,10 +98,4 @@ def cost(model: Any) -> Cost:
                 seen.add(id(parameter))
                 total += parameter.numel()
                 active += size
-    layers = _first(text, "num_hidden_layers", "n_layer", "num_layers", "n_layers") or 0
-    heads = _first(text, "num_attention_heads", "n_head", "n_heads", "num_heads") or 0
-    hidden = _first(text, "hidden_size", "n_embd", "d_model") or 0
-    head_dim = _first(text, "head_dim") or (hidden // heads if heads else 0)
-    # Latent attention: keys and values of their own sizes, scores and their use half of the work each.
-    width = ((_first(text, "qk_head_dim") or head_dim) + (_first(text, "v_head_dim") or head_dim)) // 2
-    return Cost(int(total), int(active), int(matrix), layers * heads * width)
+    return Cost(int(total), int(active), int(matrix), _attention_width(text))

@@ -64,36 +64,90 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_N: torch.Tensor) -> Any:
         hidden_NH, weight_VH, bias_V, targets_N, norms_N = ctx.saved_tensors
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        one_chunk = len(targets_N) <= ctx.rows
-        grad_hidden = torch.empty_like(hidden_NH) if wants_hidden else None
-        # Chunks are added up in fp32, as one product would be.
-        accumulate = weight_VH.dtype if one_chunk else torch.float32
-        grad_weight = torch.zeros_like(weight_VH, dtype=accumulate) if wants_weight else None
-        grad_bias = torch.zeros_like(bias_V, dtype=torch.float32) if wants_bias and bias_V is not None else None
+        gradients = _Gradients(hidden_NH, weight_VH, bias_V, ctx.needs_input_grad, len(targets_N) <= ctx.rows)
         for first in range(0, len(targets_N), ctx.rows):
             here = slice(first, first + ctx.rows)
             logits_NV = F.linear(hidden_NH[here], weight_VH, bias_V).float()
-            delta_NV = _logits_gradient(logits_NV, norms_N[here], targets_N[here], grad_N[here])
-            if grad_bias is not None:
-                grad_bias += delta_NV.sum(0)
-            delta_NV = delta_NV.to(weight_VH.dtype)
-            if grad_hidden is not None:
-                torch.mm(delta_NV, weight_VH, out=grad_hidden[here])
-            if grad_weight is not None:
-                if one_chunk:
-                    torch.mm(delta_NV.t(), hidden_NH[here], out=grad_weight)
-                elif grad_weight.dtype == delta_NV.dtype:
-                    grad_weight.addmm_(delta_NV.t(), hidden_NH[here])
-                else:
-                    grad_weight += delta_NV.t() @ hidden_NH[here]
-        return (
-            grad_hidden,
-            grad_weight.to(weight_VH.dtype) if grad_weight is not None else None,
-            grad_bias.to(bias_V.dtype) if grad_bias is not None else None,
-            None,
-            None,
-        )
+            gradients.add(here, _logits_gradient(logits_NV, norms_N[here], targets_N[here], grad_N[here]))
+        return *gradients.result(), None, None
+
+
+class _UniformHeadLoss(torch.autograd.Function):
+    """As `_HeadLoss` where every loss has the same weight in what is minimised: the gradient for a weight of 1 is made
+    in the forward pass, while a chunk's logits are there, and scaled in the backward pass. A product less of three."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_NH: torch.Tensor,
+        weight_VH: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        targets_N: torch.Tensor,
+        rows: int,
+    ) -> torch.Tensor:
+        losses_N = torch.empty(len(targets_N), dtype=torch.float32, device=hidden_NH.device)
+        gradients = _Gradients(hidden_NH, weight_VH, bias_V, ctx.needs_input_grad, len(targets_N) <= rows)
+        one = losses_N.new_ones(())
+        for first in range(0, len(targets_N), rows):
+            here = slice(first, first + rows)
+            logits_NV = F.linear(hidden_NH[here], weight_VH, bias_V).float()
+            losses_N[here], norms_N = _gather_losses(logits_NV, targets_N[here])
+            gradients.add(here, _logits_gradient(logits_NV, norms_N, targets_N[here], one))
+        ctx.save_for_backward(targets_N, *gradients.result())
+        return losses_N
+
+    @staticmethod
+    def backward(ctx: Any, grad_N: torch.Tensor) -> Any:
+        targets_N, *gradients = ctx.saved_tensors
+        counted = targets_N != IGNORE
+        lowest = torch.where(counted, grad_N, torch.inf).min()
+        highest = torch.where(counted, grad_N, -torch.inf).max()
+        # Weights that differ would be wrong in silence: they become NaN, and the update is left out. None is 0.
+        weight = torch.where(highest == lowest, highest, torch.nan).masked_fill(~counted.any(), 0.0)
+        return *(None if each is None else each.mul_(weight.to(each.dtype)) for each in gradients), None, None
+
+
+class _Gradients:
+    """Of hidden states, weight and bias, from the gradients of the logits, chunk by chunk."""
+
+    def __init__(
+        self,
+        hidden_NH: torch.Tensor,
+        weight_VH: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        wanted: tuple[bool, ...],
+        one_chunk: bool,
+    ) -> None:
+        self.hidden_NH, self.weight_VH, self.bias_V = hidden_NH, weight_VH, bias_V
+        self.one_chunk = one_chunk
+        self.grad_hidden = torch.empty_like(hidden_NH) if wanted[0] else None
+        # Chunks are added up in fp32, as one product would be.
+        dtype = weight_VH.dtype if one_chunk else torch.float32
+        self.grad_weight = torch.empty_like(weight_VH, dtype=dtype) if wanted[1] else None
+        self.grad_bias = torch.zeros_like(bias_V, dtype=torch.float32) if wanted[2] and bias_V is not None else None
+
+    def add(self, here: slice, delta_NV: torch.Tensor) -> None:
+        """A chunk's part: `delta_NV` is the gradient of its logits, fp32."""
+        if self.grad_bias is not None:
+            self.grad_bias += delta_NV.sum(0)
+        delta_NV = delta_NV.to(self.weight_VH.dtype)
+        if self.grad_hidden is not None:
+            torch.mm(delta_NV, self.weight_VH, out=self.grad_hidden[here])
+        if self.grad_weight is None:
+            return
+        hidden_NH = self.hidden_NH[here]
+        if self.grad_weight.dtype != delta_NV.dtype:
+            product = delta_NV.t() @ hidden_NH
+            self.grad_weight.copy_(product) if here.start == 0 else self.grad_weight.add_(product)
+        elif here.start == 0:
+            torch.mm(delta_NV.t(), hidden_NH, out=self.grad_weight)
+        else:
+            self.grad_weight.addmm_(delta_NV.t(), hidden_NH)
+
+    def result(self) -> tuple[torch.Tensor | None, ...]:
+        weight = self.grad_weight.to(self.weight_VH.dtype) if self.grad_weight is not None else None
+        bias = self.grad_bias.to(self.bias_V.dtype) if self.grad_bias is not None and self.bias_V is not None else None
+        return self.grad_hidden, weight, bias
 
 
 class _LogitsLoss(torch.autograd.Function):
@@ -122,7 +176,11 @@ class _LogitsLoss(torch.autograd.Function):
 
 
 def head_losses(
-    hidden_NH: torch.Tensor, weight_VH: torch.Tensor, bias_V: torch.Tensor | None, targets_N: torch.Tensor
+    hidden_NH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    targets_N: torch.Tensor,
+    uniform: bool = False,
 ) -> torch.Tensor:
     """Cross entropy of each token under a linear head.
 
@@ -130,12 +188,17 @@ def head_losses(
         hidden_NH: hidden states, in the compute dtype.
         weight_VH, bias_V: the head's.
         targets_N: int64; IGNORE gives a loss of 0 and no gradient.
+        uniform: every loss will have the same weight in what is minimised (a sum or a mean): then a third of the work
+            of the backward pass is saved. Weights that differ after all give NaN gradients.
 
     Returns:
         fp32 of shape (N,), in nats.
     """
     rows = chunk_rows(weight_VH.shape[0], weight_VH.device)
-    return _HeadLoss.apply(hidden_NH, weight_VH, bias_V, targets_N, rows)
+    # A gradient for a weight of 1 is large, and fp16 has no room for it.
+    at_once = uniform and torch.is_grad_enabled() and weight_VH.dtype != torch.float16
+    function = _UniformHeadLoss if at_once else _HeadLoss
+    return function.apply(hidden_NH, weight_VH, bias_V, targets_N, rows)
 
 
 def logits_losses(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
@@ -150,6 +213,8 @@ class LossHead:
     def __init__(self, head: nn.Linear) -> None:
         self.targets: torch.Tensor | None = None
         """int64 of the hidden states' shape without its last axis."""
+        self.uniform = False
+        """See `head_losses`."""
         self.answer: torch.Tensor | None = None
         """Given back as it is, in place of logits: shows what the model does after its head."""
         self._head = head
@@ -162,7 +227,7 @@ class LossHead:
         if self.targets is None:
             return self._logits(hidden)
         flat = hidden.reshape(-1, hidden.shape[-1])
-        losses = head_losses(flat, self._head.weight, self._head.bias, self.targets.reshape(-1))
+        losses = head_losses(flat, self._head.weight, self._head.bias, self.targets.reshape(-1), self.uniform)
         # A last axis of its own, where the vocabulary would be; a copy, because FSDP cannot hook a view safely.
         return losses.view(*hidden.shape[:-1], 1).clone()
 

@@ -18,6 +18,7 @@ WAYS = {
     "positions": "positions that restart",
     "flat": "positions that restart, all windows in one row",
     "block": "an explicit mask per document",
+    "layers": "an explicit mask per document and kind of layer",
 }
 
 
@@ -29,11 +30,13 @@ class Masking:
         way: a key of `WAYS`, or `none`: one attention over the whole window.
         accepts: names of the arguments that the model's forward takes.
         dtype: of an explicit mask; the compute dtype.
+        sliding_window: tokens that a sliding layer looks back to, itself included, or None.
     """
 
     way: str
     accepts: frozenset[str]
     dtype: torch.dtype
+    sliding_window: int | None = None
 
     def arguments(self, batch: Batch) -> dict[str, Any]:
         """The model's keyword arguments for a batch."""
@@ -45,13 +48,24 @@ class Masking:
             arguments["position_ids"] = positions
         if "use_cache" in self.accepts:
             arguments["use_cache"] = False
+        documents = batch["document_ids"]
         if self.way == "block":
-            arguments["attention_mask"] = block_mask(batch["document_ids"], self.dtype)
+            arguments["attention_mask"] = block_mask(documents, self.dtype, self.sliding_window)
+        if self.way == "layers":
+            arguments["attention_mask"] = {
+                FULL: block_mask(documents, self.dtype, None),
+                SLIDING: block_mask(documents, self.dtype, self.sliding_window),
+            }
         return arguments
 
 
-def block_mask(document_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """0 where a token may look (itself and earlier ones of its own document), the lowest number elsewhere.
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""Kinds of layers, as transformers calls them in `config.layer_types`; its models take a mask for each by name."""
+
+
+def block_mask(document_ids: torch.Tensor, dtype: torch.dtype, sliding_window: int | None = None) -> torch.Tensor:
+    """0 where a token may look (itself and earlier ones of its own document, `sliding_window` of them), the lowest
+    number elsewhere.
 
     Args:
         document_ids: int64 (B, T).
@@ -60,9 +74,18 @@ def block_mask(document_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         (B, 1, T, T), to be added to attention scores.
     """
     length = document_ids.shape[1]
-    same = document_ids[:, :, None] == document_ids[:, None, :]
-    earlier = torch.ones(length, length, dtype=torch.bool, device=document_ids.device).tril()
-    return torch.where(same & earlier, 0.0, torch.finfo(dtype).min).to(dtype)[:, None]
+    look = document_ids[:, :, None] == document_ids[:, None, :]
+    places = torch.arange(length, device=document_ids.device)
+    back = places[:, None] - places[None, :]
+    look &= back >= 0
+    if sliding_window is not None:
+        look &= back < sliding_window
+    return torch.where(look, 0.0, torch.finfo(dtype).min).to(dtype)[:, None]
+
+
+def sliding_window(model: Any) -> int | None:
+    """What the model's configuration says."""
+    return getattr(model.config.get_text_config(), "sliding_window", None)
 
 
 def accepted_arguments(model: Any) -> frozenset[str]:
@@ -77,14 +100,13 @@ def accepted_arguments(model: Any) -> frozenset[str]:
 def ways_to_try(model: Any, accepts: frozenset[str]) -> list[str]:
     """The ways that could work with this model's attention, cheapest first."""
     attention = str(getattr(model.config, "_attn_implementation", ""))
-    text = model.config.get_text_config()
     ways = []
     if "position_ids" in accepts:
         # Flash attention takes packed documents from positions in a single row only.
         ways.append("flat" if "flash" in attention else "positions")
-    # An explicit mask would take the place of a sliding window.
-    if "flash" not in attention and getattr(text, "sliding_window", None) is None:
-        ways.append("block")
+    if "flash" not in attention:
+        kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+        ways.append("layers" if SLIDING in kinds and kinds <= {FULL, SLIDING} else "block")
     return ways
 
 
@@ -109,11 +131,17 @@ FIRST, SECOND = 13, 21
 """Tokens of the two documents in a trial."""
 
 
-def try_masking(logits: Callable[[Batch], torch.Tensor], vocabulary: int, device: torch.device) -> Isolation:
+def try_masking(
+    logits: Callable[[Batch], torch.Tensor],
+    own_logits: Callable[[Batch], torch.Tensor],
+    vocabulary: int,
+    device: torch.device,
+) -> Isolation:
     """Run two packed documents through a model, and see whether the second knows of the first.
 
     Args:
         logits: the model's logits of a batch, (B, T, V), without gradients.
+        own_logits: the same with no mask of ours.
         vocabulary: ids to draw from.
     """
     generator = torch.Generator().manual_seed(0)
@@ -123,13 +151,13 @@ def try_masking(logits: Callable[[Batch], torch.Tensor], vocabulary: int, device
 
     first, other, second = draw(FIRST), draw(FIRST), draw(SECOND)
 
-    def run(*rows: list[Any]) -> torch.Tensor:
-        batch = stack([window(documents, FIRST + SECOND, separate=True) for documents in rows])
-        return logits({key: value.to(device) for key, value in batch.items()}).float()
+    def run(model: Callable[[Batch], torch.Tensor], room: int, *rows: list[Any]) -> torch.Tensor:
+        batch = stack([window(documents, room, separate=True) for documents in rows])
+        return model({key: value.to(device) for key, value in batch.items()}).float()
 
-    packed = run([first, second], [first, second])
-    changed = run([other, second], [first, second])
-    alone = run([second], [second])
+    packed = run(logits, FIRST + SECOND, [first, second], [first, second])
+    changed = run(logits, FIRST + SECOND, [other, second], [first, second])
+    alone = run(own_logits, SECOND, [second], [second])
     inside = packed[0, FIRST:]
     return Isolation(
         leak=float((changed[0, FIRST:] - inside).abs().max()),

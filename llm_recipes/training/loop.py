@@ -79,6 +79,7 @@ def train(run: Training, stop: int) -> Iterator[Step]:
     """Take steps until `stop` of them are done, one at a time as the caller asks for them."""
     policy = run.models["policy"]
     topology, model = policy.topology, policy.model
+    reduce_every = run.reduce_every and topology.ranks > 1  # alone, there is nobody to save memory with
     parameters = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]
 
     while run.progress.step < stop:
@@ -95,7 +96,7 @@ def train(run: Training, stop: int) -> Iterator[Step]:
         sums: dict[str, torch.Tensor] = {}
         for number, batch in enumerate(micro_batches):
             last = number == len(micro_batches) - 1
-            model.set_requires_gradient_sync(run.reduce_every or last)
+            model.set_requires_gradient_sync(reduce_every or last)
             model.set_is_last_backward(last)
             total, per_window, reported = run.objective.loss(run.models, batch)
             loss = (total / targets.clamp(min=1) + per_window / samples) * topology.data_ranks

@@ -40,7 +40,7 @@ class NextToken:
 
     def loss(self, models: Models, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         policy = models["policy"]
-        losses_BT, router_B = policy.token_losses(batch)
+        losses_BT, router_B = policy.token_losses(batch, uniform=True)
         total = losses_BT.sum()
         by_window = losses_BT.detach().sum(1)
         counts = (batch["targets"] != IGNORE).sum(1)

@@ -29,6 +29,10 @@ def isolate_documents(lm: CausalLM, wanted: bool) -> None:
         log.info("documents: not masked (data.mask_documents=false), attention runs over the whole window")
         return
     tried = []
+
+    def own_logits(batch: Batch) -> torch.Tensor:
+        return lm.logits(batch, replace(lm.masking, way="none"))
+
     for way in masking.ways_to_try(lm.model, lm.masking.accepts):
         candidate = replace(lm.masking, way=way)
 
@@ -37,7 +41,7 @@ def isolate_documents(lm: CausalLM, wanted: bool) -> None:
 
         try:
             with lm.evaluating():
-                found = masking.try_masking(logits, lm.vocabulary, lm.topology.device)
+                found = masking.try_masking(logits, own_logits, lm.vocabulary, lm.topology.device)
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
             tried.append(f"{masking.WAYS[way]}: {type(error).__name__}")
             continue

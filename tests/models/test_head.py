@@ -258,3 +258,39 @@ def test_a_chunk_holds_at_least_one_token() -> None:
     with chunks_of(100):
         assert head.chunk_rows(1000, torch.device("cpu")) == 1
         assert head.chunk_rows(10, torch.device("cpu")) == 10
+
+
+@settings(max_examples=25, deadline=None)
+@given(tokens=st.integers(1, 23), rows=st.integers(1, 9), bias=st.booleans(), ignored=st.floats(0, 1))
+def test_the_gradient_made_in_the_forward_pass_is_the_one_of_the_backward_pass(
+    tokens: int, rows: int, bias: bool, ignored: float
+) -> None:
+    from llm_recipes.models import head
+
+    generator = torch.Generator().manual_seed(tokens * 10 + rows)
+    hidden = torch.randn(tokens, 5, generator=generator)
+    weight, offset = torch.randn(11, 5, generator=generator), torch.randn(11, generator=generator)
+    targets = torch.randint(11, (tokens,), generator=generator)
+    targets[torch.rand(tokens, generator=generator) < ignored] = -100
+    found = []
+    for function in (head._HeadLoss, head._UniformHeadLoss):
+        inputs = [each.clone().requires_grad_() for each in (hidden, weight, *([offset] if bias else []))]
+        losses = function.apply(*inputs, *([] if bias else [None]), targets, rows)
+        (losses.sum() * 0.37).backward()
+        found.append([losses.detach(), *(each.grad for each in inputs)])
+    for one, two in zip(*found, strict=True):
+        assert torch.isfinite(two).all()
+        torch.testing.assert_close(one, two)
+
+
+def test_losses_of_unequal_weight_are_not_taken_for_equal_ones_in_silence() -> None:
+    from llm_recipes.models import head
+
+    weight = torch.randn(11, 5, requires_grad=True)
+    losses = head.head_losses(torch.randn(3, 5), weight, None, torch.tensor([1, 2, -100]), uniform=True)
+    (losses * torch.tensor([1.0, 2.0, 5.0])).sum().backward()
+    assert weight.grad is not None and weight.grad.isnan().all()
+    weight.grad = None
+    losses = head.head_losses(torch.randn(3, 5), weight, None, torch.tensor([1, 2, -100]), uniform=True)
+    (losses * torch.tensor([2.0, 2.0, 5.0])).sum().backward()
+    assert weight.grad.isfinite().all(), "an ignored one may have any weight"

@@ -388,6 +388,8 @@ def test_a_tensor_without_memory_or_with_what_memory_held_is_found() -> None:
         with pytest.raises(RuntimeError, match=name):
             refuse_uninitialised(model)
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    model[1].running_mean.fill_(torch.inf)
+    model[1].running_mean.fill_(torch.inf)  # a bound may be
+    refuse_uninitialised(model)
+    model[1].running_mean[0] = torch.nan
     with pytest.raises(RuntimeError, match=r"1\.running_mean"):
         refuse_uninitialised(model)

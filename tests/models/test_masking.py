@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -197,15 +198,48 @@ def test_a_sliding_window_stays_where_documents_are_masked(ranks: Any, folders: 
     assert not changed[8:].any(), "and nothing that lies before it"
 
 
-def test_no_mask_is_tried_that_would_take_the_place_of_a_sliding_window() -> None:
-    """An explicit mask is all the masking there is: the model would train with another attention than its own."""
-    from llm_recipes.models import loading, masking
+def by_mask(folder: str, way: str) -> dict[str, Any]:
+    """Under an explicit mask: a long document's logits with the model's own attention and with ours, and the leak."""
+    from dataclasses import replace
 
-    for window, expected in ((8, ["positions"]), (None, ["positions", "block"])):
-        config = tiny.model_config("mistral")
-        config.sliding_window = window
-        model = loading.empty_model(config, torch.float32, None)
-        assert masking.ways_to_try(model, masking.accepted_arguments(model)) == expected
+    from llm_recipes.data.documents import window
+    from llm_recipes.data.stream import stack
+    from llm_recipes.models import masking
+
+    lm = open_model(folder)
+    ways = masking.ways_to_try(lm.model, lm.masking.accepts)
+    batch = stack([window([np.arange(40) % 251], 39, True)])
+    with lm.evaluating():
+        own = lm.logits(batch, replace(lm.masking, way="none"))
+        ours = lm.logits(batch, replace(lm.masking, way=way))
+        candidate = replace(lm.masking, way=way)
+        found = masking.try_masking(
+            lambda each: lm.logits(each, candidate),
+            lambda each: lm.logits(each, replace(candidate, way="none")),
+            lm.vocabulary,
+            lm.topology.device,
+        )
+    return {"ways": ways, "apart": float((own - ours).abs().max()), "leak": found.leak, "noise": found.noise}
+
+
+@pytest.mark.parametrize(
+    ("family", "way", "changes"),
+    [
+        ("mistral", "block", {}),
+        ("mistral", "block", {"sliding_window": 8}),
+        ("gemma2", "layers", {"sliding_window": 8}),
+        ("gpt_oss", "layers", {"sliding_window": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}),
+    ],
+)
+def test_an_explicit_mask_keeps_the_model_s_own_window(
+    ranks: Any, tmp_path: Path, family: str, way: str, changes: dict[str, Any]
+) -> None:
+    """It is all the masking there is: without the window the model would train with another attention than its own."""
+    folder = tiny.save_model(tmp_path / "model", family, **changes)
+    [found] = ranks(1, by_mask, str(folder), way)
+    assert found["ways"] == ["positions", way]
+    assert found["apart"] < 1e-4
+    assert found["leak"] <= 10 * found["noise"]
 
 
 def unmasked(folder: str) -> dict[str, Any]:
