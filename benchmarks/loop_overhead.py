@@ -161,7 +161,7 @@ def bare_step(ours: Ours, batches: list[Batch]) -> Result:
     total = torch.zeros((), device=lm.topology.device)
     for batch in batches:
         batch = {key: value.to(lm.topology.device, non_blocking=True) for key, value in batch.items()}
-        losses, _ = lm.token_losses(batch)
+        losses, _ = lm.token_losses(batch, uniform=True)
         loss = losses.sum() / count
         loss.backward()
         total += loss.detach()

@@ -82,8 +82,8 @@ COMBINATIONS = [
     (["parallel.precision=bf16-mix"], "did you mean 'bf16-mixed'?"),
     (["train.global_batch_size=3"], "train.global_batch_size=3 is no multiple of train.micro_batch_size=2"),
     (["train.steps=null"], "either train.steps or train.epochs"),
-    (["train.stop_at=99"], "train.stop_at=99 lies past train.steps=40"),
-    (["schedule.warmup_steps=50"], "do not fit into train.steps=40"),
+    (["train.stop_at=99"], "train.stop_at=99 lies past train.steps=32"),
+    (["schedule.warmup_steps=50"], "do not fit into train.steps=32"),
     (["data.data_path=[1,x]"], "either data.sources or data.data_path"),
     (["data.sources.ja.weight=-1"], "must be more than 0"),
     (["data.stages=[{share: 0.5, weights: {ja: 1}}]"], "the shares add up to 0.5"),
@@ -142,7 +142,7 @@ def test_help_shows_examples_and_imports_no_torch(tmp_path: Path, name: str) -> 
 
 
 def test_both_experiments_compose(tmp_path: Path) -> None:
-    for name, steps in (("swallow_ms", "25000"), ("swallow_mini", "40")):
+    for name, steps in (("swallow_ms", "25000"), ("swallow_mini", "32")):
         done = verb(tmp_path, "pretrain", f"+exp={name}", "--cfg", "job")
         assert done.returncode == 0 and f"steps: {steps}" in done.stdout
 
