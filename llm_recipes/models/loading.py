@@ -319,8 +319,10 @@ def refuse_unread(model: Any, info: LoadStateDictInfo, folder: str) -> None:
 def finish(model: Any, info: LoadStateDictInfo, load: LoadStateDictConfig) -> None:
     """Fill the buffers that no file holds, tie what is tied, and go to training mode."""
     for module in model.modules():
-        # Building the meta model marked every module as initialised. What has its values is marked itself.
-        module._is_hf_initialized = False
+        # What has been read whole is not initialised again: that would compute on shards. What owns nothing is: it may
+        # fill its children's buffers.
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        module._is_hf_initialized = bool(own) and all(getattr(each, "_is_hf_initialized", False) for each in own)
     model._finalize_model_loading(model, load, info)
     model.train()
 

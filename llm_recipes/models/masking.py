@@ -44,7 +44,8 @@ class Masking:
         if self.way == "flat":
             ids, positions = ids.reshape(1, -1), positions.reshape(1, -1)
         arguments: dict[str, Any] = {"input_ids": ids}
-        if "position_ids" in self.accepts:
+        # Over the whole window the model counts by itself, as in plain transformers: not every one begins at 0.
+        if "position_ids" in self.accepts and self.way != "none":
             arguments["position_ids"] = positions
         if "use_cache" in self.accepts:
             arguments["use_cache"] = False
@@ -85,7 +86,10 @@ def block_mask(document_ids: torch.Tensor, dtype: torch.dtype, sliding_window: i
 
 def sliding_window(model: Any) -> int | None:
     """What the model's configuration says."""
-    return getattr(model.config.get_text_config(), "sliding_window", None)
+    try:
+        return getattr(model.config.get_text_config(), "sliding_window", None)
+    except RuntimeError:  # transformers: it differs from layer to layer
+        return None
 
 
 def accepted_arguments(model: Any) -> frozenset[str]:

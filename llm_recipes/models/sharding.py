@@ -71,11 +71,10 @@ def layers(model: Any) -> list[nn.Module]:
         for child in modules[pattern[:-2]].children()
     ]
     if not found:
+        # What must not be split may also be an embedding: only what is repeated is a layer.
+        listed = [child for each in modules.values() if isinstance(each, nn.ModuleList) for child in each.children()]
         unsplit = set(model._no_split_modules or ())
-        found = [module for module in modules.values() if type(module).__name__ in unsplit]
-    if not found:
-        lists = [module for module in modules.values() if isinstance(module, nn.ModuleList)]
-        found = [child for each in lists for child in each.children()]
+        found = [module for module in listed if type(module).__name__ in unsplit] or listed
     inner = {id(m) for module in found for m in module.modules() if m is not module}
     unique = {id(module): module for module in found if id(module) not in inner}
     return [module for module in unique.values() if any(True for _ in module.parameters())]
@@ -134,14 +133,20 @@ def shard(
         "offload_policy": offload if cpu_offload else OffloadPolicy(),
     }
 
+    shared = shared_parameters(model)
+
     def apply(module: nn.Module, policy: MixedPrecisionPolicy, reshard: bool | None) -> None:
+        partly_shared = module is not model and not shared.isdisjoint(module.parameters())
+        if partly_shared or isinstance(module, nn.ModuleList | nn.ModuleDict):
+            # The root does not look into a group: what holds a shared parameter is none, only its children are.
+            for child in module.children():
+                if any(True for _ in child.parameters()):
+                    apply(child, policy, reshard)
+            return
         if fill is not None:
             fill(module, names[id(module)])
         original = type(module)
-        left = set() if module is model else shared_parameters(model)
-        if left.issuperset(module.parameters()) and module is not model:
-            return
-        fully_shard(module, mp_policy=policy, reshard_after_forward=reshard, ignored_params=left, **options)
+        fully_shard(module, mp_policy=policy, reshard_after_forward=reshard, **options)
         # FSDP's subclass of it belongs to torch, and transformers takes what is not its own for custom code.
         type(module).__module__ = original.__module__
 
@@ -159,6 +164,9 @@ def shard(
     if embedding is not None and not any(isinstance(each, DTensor) for each in embedding.parameters()):
         apply(embedding, policy, reshard)
     apply(model, policy, None)
+    for name, parameter in model.named_parameters():
+        if not isinstance(parameter, DTensor):
+            raise RuntimeError(f"{name} was left out of the sharding: its gradient would not be reduced")
 
 
 def shared_parameters(model: nn.Module) -> set[nn.Parameter]:
