@@ -29,7 +29,7 @@ from llm_recipes.command import conf_folder
 from llm_recipes.errors import EXIT_STATUS, UserError
 
 EXPERIMENT = "swallow_mini"
-PROMPT = "Debian システムでは、設定ファイルは"
+PROMPT = "ファイルを保存するには、"
 NEW_TOKENS = 48
 STAGES = 6
 
