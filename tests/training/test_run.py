@@ -45,7 +45,9 @@ def logged(config: Any) -> tuple[str | None, list[str]]:
 
     class Keep(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            lines.append(record.getMessage())
+            # An earlier test on this process may have opened a logger further below.
+            if logging.getLogger("llm_recipes").isEnabledFor(record.levelno):
+                lines.append(record.getMessage())
 
     original = progress.start_logging
 
