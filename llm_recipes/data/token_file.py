@@ -15,7 +15,7 @@ import json
 import mmap
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -124,6 +124,7 @@ class TokenFile:
             raise UserError(f"{self.prefix}: an empty token file; leave it out")
 
         self.dtype = np.dtype(DTYPE_CODES[code])
+        self._index = index
         self._lengths = np.frombuffer(index, np.dtype("<i4"), sequences, HEADER.size)
         self._pointers = np.frombuffer(index, np.dtype("<i8"), sequences, HEADER.size + sequences * 4)
         self._first_sequence = np.frombuffer(index, np.dtype("<i8"), document_ends, HEADER.size + sequences * 12)
@@ -174,13 +175,20 @@ class TokenFile:
             )
         return sidecar
 
+    def _scan(self, entries: int) -> Iterator[int]:
+        """Where each part of the index starts; what has been looked at does not stay in memory."""
+        for first in range(0, entries, SCAN):
+            yield first
+            if isinstance(self._index, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+                self._index.madvise(mmap.MADV_DONTNEED)
+
     def _refuse_gaps(self) -> None:
         """Documents must lie end to end and hold at least one token: all arithmetic rests on it."""
-        where, step = self.file("idx"), SCAN
+        where = self.file("idx")
         if int(self._pointers[0]) != 0:
             raise UserError(f"{where}: the first sequence does not start at 0")
-        for first in range(0, len(self._lengths), step):
-            part = slice(first, first + step + 1)
+        for first in self._scan(len(self._lengths)):
+            part = slice(first, first + SCAN + 1)
             lengths = self._lengths[part].astype(np.int64)
             if (lengths < 0).any():
                 raise UserError(f"{where}: sequence {first + int((lengths < 0).argmax())} has a negative length")
@@ -188,8 +196,8 @@ class TokenFile:
             wrong = steps != lengths[: len(steps)] * self.dtype.itemsize
             if wrong.any():
                 raise UserError(f"{where}: sequence {first + int(wrong.argmax())} does not end where the next starts")
-        for first in range(0, self.documents, step):
-            last = min(first + step, self.documents)
+        for first in self._scan(self.documents):
+            last = min(first + SCAN, self.documents)
             if (np.diff(self._first_sequence[first : last + 1]) < 0).any():
                 raise UserError(f"{where}: its documents are not in order")
             empty = np.diff(self.document_starts(first, last + 1)) <= 0
