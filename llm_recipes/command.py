@@ -160,9 +160,10 @@ def fail(error: UserError) -> None:
     if rank in (None, 0) or not error.everywhere:
         line = " ".join(str(error).split())
         print(f"error: {line}", file=sys.stderr, flush=True)
-    elif error.everywhere:
+    else:
         # A launcher ends everybody when the first rank leaves: rank 0 may still be on its way to say why.
         time.sleep(SECONDS_FOR_RANK_0)
+        print(f"error: rank {rank}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)  # it had not met it
     sys.stdout.flush()
     # A peer may wait in a collective that this rank will never join: leave without its teardown.
     os._exit(EXIT_STATUS) if rank is not None and "torch" in sys.modules else sys.exit(EXIT_STATUS)

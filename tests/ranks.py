@@ -49,6 +49,7 @@ def serve(number: int, calls: Connection) -> None:
     import torch
     import torch.distributed as dist
 
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # these worlds are gloo's, on any machine
     torch.set_num_threads(1)
     while (message := receive(calls)) is not None:
         ranks, store, file, name, arguments = message

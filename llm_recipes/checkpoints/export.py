@@ -49,9 +49,11 @@ def export(config: ExportConfig) -> Path:
         if output.exists():
             output.rmdir()
         os.replace(beside, output)
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(beside, ignore_errors=True)
-        raise UserError(f"output={output}: cannot be written ({error})") from error
+        if isinstance(error, OSError):
+            raise UserError(f"output={output}: cannot be written ({error})") from error
+        raise
     if config.push_to_hub is not None:
         push(output, config.push_to_hub, config.branch)
     return output

@@ -64,14 +64,14 @@ def complete_safetensors(path: Path) -> bool:
     return size == 8 + length + max(ends, default=0)
 
 
-def describe(folder: Path, rank: int, ranks: int) -> dict[str, dict[str, Any]]:
-    """Size and checksum of this rank's part of the files. Each is brought to the disk first.
+def describe(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+    """Size and checksum of some of a checkpoint's files. Each is brought to the disk first.
 
     Raises:
         OSError: a safetensors file is shorter than its header says.
     """
     found = {}
-    for name in files_in(folder)[rank::ranks]:
+    for name in names:
         path = folder / name
         sync(path)
         if path.suffix == ".safetensors" and not complete_safetensors(path):

@@ -134,7 +134,9 @@ def save(
     together(begin if topology.is_first else _nothing)
     together(lambda: _write(model_state_to_write(model), partial / "model"))
     together(lambda: _write(moments, partial / "optimizer") if moments else None)
-    parts = together(lambda: manifest.describe(partial, topology.rank, topology.ranks))
+    # One rank's listing for all: on a network file system each may see another.
+    names = next(each for each in together(lambda: manifest.files_in(partial) if topology.is_first else None) if each)
+    parts = together(lambda: manifest.describe(partial, names[topology.rank :: topology.ranks]))
     files = {name: entry for part in parts for name, entry in part.items()}
     together((lambda: commit(files)) if topology.is_first else _nothing)
     log.info("checkpoint %s, %.1f s", final, time.monotonic() - started)
@@ -209,6 +211,19 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
     for own in optimizer.state.values():
         own["step"] = own["step"].reshape(())
     return dict(json.loads((folder / "state.json").read_text(encoding="utf-8")))
+
+
+def refuse_another_model(folder: Path, own: Any) -> None:
+    """A checkpoint of another model has weights of other shapes.
+
+    Raises:
+        UserError: names what differs.
+    """
+    theirs = json.loads((folder / "model" / "config.json").read_text(encoding="utf-8"))
+    ours = own.to_dict()
+    for key in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers"):
+        if key in theirs and key in ours and theirs[key] != ours[key]:
+            raise UserError(f"checkpoint.resume={folder}: of another model ({key} {theirs[key]}, here {ours[key]})")
 
 
 def newest_intact(root: Path, topology: Topology) -> Path | None:

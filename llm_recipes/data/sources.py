@@ -248,6 +248,18 @@ def plan(sources: Sequence[Source], mixture: Mixture, samples: int) -> list[Plan
     return rows
 
 
+def contents(sources: Sequence[Source]) -> dict[str, dict[str, Any]]:
+    """What each source holds, by which it is known again: its files' names, documents and tokens."""
+    return {
+        source.name: {
+            "files": [[file.prefix.name, file.documents, file.tokens] for file in source.files],
+            "documents": source.windows.documents,
+            "tokens": source.windows.tokens,
+        }
+        for source in sources
+    }
+
+
 def licences(sources: Sequence[Source]) -> dict[str, str | None]:
     """The licence that each source's sidecars state."""
     stated: dict[str, str | None] = {}

@@ -149,12 +149,15 @@ def start(config: ParallelConfig) -> Topology:
 
     me = launch()
     on_cuda = torch.cuda.is_available()
-    if on_cuda and me.local_rank >= torch.cuda.device_count():
+    # A launcher may show each process a GPU of its own, and no other.
+    alone = torch.cuda.device_count() == 1 and "SLURM_JOB_GPUS" in os.environ and me.launcher == "srun"
+    gpu = 0 if alone else me.local_rank
+    if on_cuda and gpu >= torch.cuda.device_count():
         raise UserError(
             f"local rank {me.local_rank} has no GPU of its own: this host has {torch.cuda.device_count()}; "
             "start fewer processes on it"
         )
-    device = torch.device("cuda", me.local_rank) if on_cuda else torch.device("cpu")
+    device = torch.device("cuda", gpu) if on_cuda else torch.device("cpu")
     if on_cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():

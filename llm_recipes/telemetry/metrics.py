@@ -23,9 +23,13 @@ class Metrics:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        # A crash may have cut the last row off: the next one begins on a line of its own.
+        self._torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
 
     def write(self, row: dict[str, Any]) -> None:
         with open(self.path, "a", encoding="utf-8") as file:
+            file.write("\n" if self._torn else "")
+            self._torn = False
             file.write(json.dumps(_plain(row), ensure_ascii=False) + "\n")
 
 
@@ -35,7 +39,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     A line that a crash cut off is left out.
     """
     rows: dict[tuple[int, bool], dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             row = json.loads(line)
         except ValueError:

@@ -58,6 +58,8 @@ class Clock:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Time that does not count."""
+        if self._cuda:
+            torch.cuda.synchronize()  # steps that are still on their way are not part of the pause
         began = time.perf_counter()
         yield
         self._start += time.perf_counter() - began

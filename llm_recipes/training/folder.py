@@ -85,22 +85,51 @@ class RunFolder:
         self.yaml = OmegaConf.to_yaml(OmegaConf.structured(config))
         self.settings: dict[str, Any] = OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[assignment]
 
-    def open(self) -> None:
-        """Make the folder, or check that it is this run's.
+    def open(self, contents: dict[str, Any]) -> None:
+        """Check that the folder is this run's, or can become so. Nothing is written yet.
+
+        Args:
+            contents: what each source holds (`sources.contents`).
 
         Raises:
-            UserError: it cannot be written, belongs to another configuration, or has lost its checkpoints.
+            UserError: it cannot be written, belongs to another configuration or other corpora, or has lost its
+                checkpoints.
         """
+        there = next(path for path in (self.path, *self.path.parents) if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise UserError(f"{self.path}: the run's folder cannot be written ({there}); see run.dir and run.name")
         saved = self.path / "config.yaml"
         if saved.exists():
             self._refuse_another_run(saved)
+            self._refuse_other_corpora(contents)
+
+    def begin(self, kept: dict[str, Any]) -> None:
+        """Make the folder this run's: its configuration, its environment, and `kept` by name as JSON.
+
+        Raises:
+            UserError: it cannot be written.
+        """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             manifest.clean(self.checkpoints)
+            for name, content in (kept | {"environment": environment()}).items():
+                self._write(f"{name}.json", json.dumps(content, ensure_ascii=False, indent=2) + "\n")
             self._write("config.yaml", self.yaml)
-            self._write("environment.json", json.dumps(environment(), ensure_ascii=False, indent=2) + "\n")
         except OSError as error:
             raise UserError(f"{self.path}: the run's folder cannot be written ({error}); see run.dir") from error
+
+    def _refuse_other_corpora(self, contents: dict[str, Any]) -> None:
+        """The same path may hold another corpus by now, and every position another sample."""
+        path = self.path / "sources.json"
+        if not path.exists() or self.config.run.allow_changes:
+            return
+        before = json.loads(path.read_text(encoding="utf-8"))
+        for name, now in contents.items():
+            if name in before and before[name] != now:
+                raise UserError(
+                    f"data.sources.{name}: not the corpus that the run began with ({_short(before[name])} then, "
+                    f"{_short(now)} now); bring it back, give another run.name, or run.allow_changes=true"
+                )
 
     def _refuse_another_run(self, saved: Path) -> None:
         if self.config.checkpoint.resume == "never":
@@ -114,6 +143,12 @@ class RunFolder:
         changed = changed_keys(old, self.settings)
         before, after = flat(old), flat(self.settings)
         shown = ", ".join(f"{key} ({before.get(key)} -> {after.get(key)})" for key in changed[:6])
+        samples = [key for key in changed if key in ("data.seq_len", "data.mask_documents")]
+        if samples and manifest.checkpoints(self.checkpoints):
+            raise UserError(
+                f"{self.path}: {samples[0]} decides what a sample is, and the run has seen some ({shown}); give "
+                "another run.name (a checkpoint's model/ folder can be its model.path)"
+            )
         if changed and not self.config.run.allow_changes:
             raise UserError(
                 f"{self.path} belongs to another configuration: {shown}; give another run.name, or "
@@ -123,7 +158,7 @@ class RunFolder:
             log.warning("going on with a changed configuration: %s", shown)
         if not manifest.checkpoints(self.checkpoints) and self.metrics.exists():
             reached = max((row["step"] for row in metrics.read(self.metrics)), default=0)
-            if reached >= self.config.checkpoint.every:
+            if reached >= min(self.config.checkpoint.every, before.get("checkpoint.every", reached)):
                 raise UserError(
                     f"{self.checkpoints}: empty, though the run has reached step {reached}; bring its checkpoints "
                     "back, or start anew under another run.name"
@@ -141,19 +176,13 @@ class RunFolder:
             kept = json.loads(path.read_text(encoding="utf-8"))
             if len(kept) == len(wanted):
                 return [int(start) for start in kept]
-        self._write("stages.json", json.dumps(wanted) + "\n")
         return wanted
-
-    def write_plan(self, rows: list[dict[str, Any]]) -> None:
-        """Keep the mixture's plan with the run."""
-        self._write("plan.json", json.dumps(rows, ensure_ascii=False, indent=2) + "\n")
 
     def files_for_checkpoint(self) -> dict[str, str]:
         """What each checkpoint takes along of its run."""
         names = ("config.yaml", "environment.json", "plan.json", "licences.json")
         return {name: (self.path / name).read_text(encoding="utf-8") for name in names if (self.path / name).exists()}
 
-    def write_licences(self, base: str | None, sources: dict[str, str | None]) -> None:
-        """Keep what model and corpora say of their licences, for the model card."""
-        stated = {"base": base, "sources": sources}
-        self._write("licences.json", json.dumps(stated, ensure_ascii=False, indent=2) + "\n")
+
+def _short(content: dict[str, Any]) -> str:
+    return f"{content['documents']:,} documents and {content['tokens']:,} tokens in {len(content['files'])} files"

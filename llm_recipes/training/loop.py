@@ -72,7 +72,7 @@ class Step:
 
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Dropout of a step depends on (seed, step, rank) alone, so that there is no generator's state to save."""
-    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank)
+    torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + rank) % 2**63)
 
 
 def train(run: Training, stop: int) -> Iterator[Step]:
@@ -116,7 +116,8 @@ def train(run: Training, stop: int) -> Iterator[Step]:
 
         rate = run.learning_rate(step)
         optim.set_learning_rate(run.optimizer, rate)
-        run.optimizer.found_inf = skipped  # type: ignore[attr-defined]  # fused AdamW obeys it on the device
+        # Fused AdamW obeys it on the device; to parameters on the CPU the copy has to wait, which its own does not.
+        run.optimizer.found_inf = skipped.to(parameters[0].device)  # type: ignore[attr-defined]
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
         run.loss_scale.update(skipped)

@@ -32,7 +32,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        decays = parameter.ndim >= 2 and id(parameter) not in norms
+        decays = parameter.ndim >= 2 and id(parameter) not in norms and not name.endswith("bias")
         if id(parameter) in embeddings:
             decays = decays and config.decay_embeddings
         groups[decays].append((name, parameter))
@@ -80,7 +80,7 @@ def global_norm(parameters: Iterable[nn.Parameter], device: torch.device) -> tor
         by_mesh.setdefault(mesh, []).append(gradient.to_local() if isinstance(gradient, DTensor) else gradient)
     total = torch.zeros((), dtype=torch.float32, device=device)
     for mesh, gradients in by_mesh.items():
-        norms = torch.stack(torch._foreach_norm([each.float() for each in gradients]))
+        norms = torch.stack(torch._foreach_norm(gradients, dtype=torch.float32))
         squares = norms.square().sum().to(device)
         if mesh is not None:
             dist.all_reduce(squares, group=mesh["shard"].get_group())

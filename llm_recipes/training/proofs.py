@@ -39,18 +39,24 @@ def isolate_documents(lm: CausalLM, wanted: bool) -> None:
         def logits(batch: Batch, candidate: masking.Masking = candidate) -> torch.Tensor:
             return lm.logits(batch, candidate)
 
+        found, refused = None, None
         try:
             with lm.evaluating():
                 found = masking.try_masking(logits, own_logits, lm.vocabulary, lm.topology.device)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # whatever a model answers to arguments that it was not made for
-            tried.append(f"{masking.WAYS[way]}: {type(error).__name__}")
+            refused = type(error).__name__
+        # Every rank ran the same trial; what differs between them must not send them different ways.
+        refusals = [each for each in lm.topology.gather(refused) if each is not None]
+        if found is None or refusals:
+            tried.append(f"{masking.WAYS[way]}: {refusals[0]}")
             continue
         if not math.isfinite(found.apart):
             raise UserError(
                 f"this model's logits are not finite in {lm.precision.name}; try another parallel.precision, and look "
                 "at its weights"
             )
-        # Every rank ran the same trial; a rounding difference between them must not send them different ways.
         if all(lm.topology.gather(found.holds(lm.precision.compute))):
             lm.masking = candidate
             log.info("documents: isolated by %s (leak %.2g, noise %.2g)", masking.WAYS[way], found.leak, found.noise)

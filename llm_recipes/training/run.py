@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,8 @@ def open_data(config: PretrainConfig, folder: str, ranks: int) -> Data:
         bos_policy=config.data.bos,
         bos_token=tokenizer.bos_token_id,
     )
-    sources = corpora.open_sources(config.data, facts)
+    # By name: the order in which they are written down decides nothing.
+    sources = sorted(corpora.open_sources(config.data, facts), key=lambda source: source.name)
     windows = sum(len(source.windows) for source in sources)
     if windows < ranks:
         raise UserError(
@@ -83,6 +85,8 @@ def open_data(config: PretrainConfig, folder: str, ranks: int) -> Data:
             if warmup.start is not None
             else -(-wanted // size)
         )
+    if steps < 1:
+        raise UserError(f"train.epochs={config.train.epochs}: less than one step of the {windows} samples there are")
     spans = schedule.BatchSpans(size, warmup, steps)
     for each in spans.sizes():
         if each % (ranks * config.train.micro_batch_size):
@@ -110,6 +114,7 @@ def pretrain(config: PretrainConfig) -> None:
     loading.quiet_libraries()
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")
         torch.use_deterministic_algorithms(True)
     base = tokenizers.resolve(config.model.path, "model.path", config.model.trust_remote_code)
     data = open_data(config, base, me.ranks)
@@ -118,8 +123,12 @@ def pretrain(config: PretrainConfig) -> None:
     place = topology.start(config.parallel)
     try:
         _Run(config, data, Path(base), place).go()
-    finally:
-        topology.stop()
+    except UserError as error:
+        if error.everywhere:
+            topology.stop()
+        raise
+    # After an error of one rank alone the others may be in a collective: then the group is left as it is.
+    topology.stop()
 
 
 class _Run:
@@ -134,7 +143,8 @@ class _Run:
         config, place = self.config, self.place
         starts = self._on_first(self._open_folder)
         mixture = corpora.mix(self.data.sources, config.data, starts)
-        self._show_plan(mixture)
+        plan = corpora.describe(corpora.plan(self.data.sources, mixture, self.data.samples))
+        self._show_plan(plan)
         found = self._checkpoint_to_resume()
         lm = causal.build(
             config.model, config.parallel, place, str(self.base), config.data.mask_documents, config.train.seed,
@@ -168,6 +178,8 @@ class _Run:
             progress=done,
         )
         self._prove(lm, samples, done.step)
+        if not config.dry_run:
+            self._on_first(partial(self._begin_folder, starts, plan))
         stop = min(done.step + 1, self.data.stop) if config.dry_run else self.data.stop
         training.batches = iter(self._batches(samples, lm, done.step, stop))
         if config.dry_run:
@@ -188,13 +200,13 @@ class _Run:
         )
 
     def _on_first(self, work: Callable[[], Any]) -> Any:
-        """Do something on rank 0; its result, or its mistake, is everybody's."""
+        """Do something on rank 0; its result, or what went wrong, is everybody's."""
         result, error = None, None
         if self.place.is_first:
             try:
                 result = work()
-            except UserError as mistake:
-                error = mistake
+            except Exception as problem:  # the others wait: `agree` raises it on all
+                error = problem
         self.place.agree(error)
         return self.place.from_first(result)
 
@@ -202,19 +214,21 @@ class _Run:
         wanted = corpora.stage_starts(self.config.data, self.data.samples)
         if self.config.dry_run:
             return wanted
-        self.folder.open()
-        self.folder.write_licences(loading.licence(str(self.base)), corpora.licences(self.data.sources))
+        self.folder.open(corpora.contents(self.data.sources))
         return self.folder.stage_starts(wanted)
 
-    def _show_plan(self, mixture: corpora.Mixture) -> None:
-        rows = corpora.plan(self.data.sources, mixture, self.data.samples)
+    def _begin_folder(self, starts: list[int], plan: list[dict[str, Any]]) -> None:
+        """Only now, when everything is shown to work, does the folder belong to this configuration."""
+        licences = {"base": loading.licence(str(self.base)), "sources": corpora.licences(self.data.sources)}
+        contents = corpora.contents(self.data.sources)
+        self.folder.begin({"stages": starts, "plan": plan, "licences": licences, "sources": contents})
+
+    def _show_plan(self, plan: list[dict[str, Any]]) -> None:
         if not self.place.is_first:
             return
         log.info("configuration:\n%s", self.folder.yaml.rstrip())
         tokens = self.data.samples * self.config.data.seq_len
-        terminal.show_table(f"{self.data.steps:,} steps, {tokens:,} tokens", corpora.describe(rows))
-        if not self.config.dry_run:
-            self.folder.write_plan(corpora.describe(rows))
+        terminal.show_table(f"{self.data.steps:,} steps, {tokens:,} tokens", plan)
 
     def _checkpoint_to_resume(self) -> Path | None:
         resume = self.config.checkpoint.resume
@@ -229,6 +243,7 @@ class _Run:
         problem = manifest.damage(given, self.place)
         if problem is not None:
             raise UserError(f"checkpoint.resume={resume}: damaged, {problem}")
+        state.refuse_another_model(given, loading.open_config(self.config.model, str(self.base)))
         return given
 
     def _prove(self, lm: CausalLM, samples: Samples, step: int) -> None:
@@ -272,14 +287,17 @@ class _Run:
             self.folder.checkpoints, done.step, policy.model, training.optimizer, content, self.base, extra, self.place
         )
         if self.place.is_first:
-            manifest.retain(self.folder.checkpoints, self.config.checkpoint.keep, self.config.checkpoint.keep_every)
+            try:
+                manifest.retain(self.folder.checkpoints, self.config.checkpoint.keep, self.config.checkpoint.keep_every)
+            except OSError as error:  # not worth a run
+                log.warning("an old checkpoint cannot be removed: %s", error)
 
     def _train(self, training: Training, stop: int, fresh: bool) -> None:
         config, lm = self.config, training.models["policy"]
         metrics = Metrics(self.folder.metrics)
         off = dataclasses.replace(config.logging.wandb, mode="disabled")
         tracker = Tracker(config.logging.wandb if self.place.is_first else off, self.folder.path, self.folder.settings)
-        skips = Skips(self.place.device)
+        skips, skipped_before = Skips(self.place.device), training.progress.skipped_updates
         clock = Clock(lm, config.data.seq_len, training.progress.step)
         if training.progress.step >= stop:
             log.info("nothing to do: step %d of %d is done (train.stop_at, train.steps)", training.progress.step, stop)
@@ -297,8 +315,7 @@ class _Run:
                     last = step.number == stop
                     if step.number % config.logging.every == 0 or last:
                         row = figures(step, training, self.names)
-                        training.progress.skipped_updates += skips.check(step.number)
-                        skips = Skips(self.place.device)
+                        training.progress.skipped_updates = skipped_before + skips.check(step.number)
                         row |= clock.row(step.number)
                         row["skipped_updates"] = training.progress.skipped_updates
                         row["consumed_samples"] = sum(self.data.spans.at(step.number - 1))
@@ -313,6 +330,7 @@ class _Run:
                         with clock.paused():
                             self._validate(lm, training, metrics, tracker)
                     if step.number % config.checkpoint.every == 0 or last:
+                        training.progress.skipped_updates = skipped_before + skips.check(step.number)
                         with clock.paused():
                             self._save(training)
                         saved = step.number
@@ -323,6 +341,11 @@ class _Run:
             more = "" if stop == self.data.steps else f" (of {self.data.steps}; without train.stop_at it goes on)"
             log.info("done at step %d%s; the last checkpoint is %s", stop, more, where)
 
+    def _everything(self, training: Training) -> dict[str, torch.Tensor]:
+        """Weights and moments, by name."""
+        model = training.models["policy"].model
+        return state.model_state(model) | state.optimizer_state(model, training.optimizer)[0]
+
     def _dry_run(self, training: Training, stop: int) -> None:
         """One step at full size, a save, a load, a comparison, and what it took."""
         import shutil
@@ -331,6 +354,7 @@ class _Run:
         policy = training.models["policy"]
         step = next(train(training, stop))
         row = figures(step, training, self.names)
+        peaks = self.place.gather(peak_memory(self.place.device))
         log.info("dry run: step at full size, loss %.4f, gradient norm %.4f", row["loss"], row["grad_norm"])
         parent = Path(self.config.run.dir)
         parent.mkdir(parents=True, exist_ok=True)
@@ -338,12 +362,12 @@ class _Run:
         try:
             content = {"step": 1, "consumed_tokens": 0, "skipped_updates": 0, "position": 0}
             saved = state.save(root, 1, policy.model, training.optimizer, content, self.base, {}, self.place)
-            before = {name: _local(each).clone() for name, each in state.model_state(policy.model).items()}
-            for each in state.model_state(policy.model).values():
+            before = {name: _local(each).clone() for name, each in self._everything(training).items()}
+            for each in self._everything(training).values():
                 _local(each).zero_()
             training.optimizer.state.clear()
             state.restore(saved, policy.model, training.optimizer)
-            after = state.model_state(policy.model)
+            after = self._everything(training)
             differs = [name for name, each in before.items() if not torch.equal(each, _local(after[name]))]
             if any(self.place.gather(bool(differs))):
                 raise RuntimeError(f"what was loaded is not what was saved: {differs[:3]}")
@@ -353,7 +377,6 @@ class _Run:
             self.place.barrier()
             if self.place.is_first:
                 shutil.rmtree(root, ignore_errors=True)
-        peaks = self.place.gather(peak_memory(self.place.device))
         log.info("dry run: peak memory of a process %.2f GB; nothing was kept", max(peaks) / 1e9)
 
 

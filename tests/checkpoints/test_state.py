@@ -106,7 +106,7 @@ def checkpoint(tmp_path: Path) -> Path:
     (folder / "model").mkdir(parents=True)
     (folder / "model" / "weights.bin").write_bytes(bytes(range(200)))
     (folder / "state.json").write_text("{}")
-    files = manifest.describe(folder, 0, 1)
+    files = manifest.describe(folder, manifest.files_in(folder))
     (folder / "manifest.json").write_text(json.dumps({"files": files}))
     return folder
 
@@ -142,12 +142,12 @@ def test_a_safetensors_file_shorter_than_its_header_says_is_never_committed(tmp_
     path = tmp_path / "a.safetensors"
     save_file({"x": torch.arange(100.0)}, path)
     assert manifest.complete_safetensors(path)
-    assert manifest.describe(tmp_path, 0, 1)["a.safetensors"]["bytes"] == path.stat().st_size
+    assert manifest.describe(tmp_path, manifest.files_in(tmp_path))["a.safetensors"]["bytes"] == path.stat().st_size
     whole = path.read_bytes()
     for length in (4, 20, len(whole) - 1):
         path.write_bytes(whole[:length])
         with pytest.raises(OSError, match="shorter than its header"):
-            manifest.describe(tmp_path, 0, 1)
+            manifest.describe(tmp_path, manifest.files_in(tmp_path))
 
 
 def test_retention_never_removes_what_is_kept_for_good(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def start(folder: Path, command: list[str], **environment: str) -> subprocess.Po
     return subprocess.Popen(
         command,
         cwd=folder,
-        env=clean | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment,
+        env=clean | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -33,7 +33,8 @@ def step(folder: str, targets: list[int], settings: dict[str, Any]) -> dict[str,
     from llm_recipes.training import loop, optimizer, proofs, schedule
     from llm_recipes.training.objective import NextToken
 
-    parallel = ParallelConfig(precision=settings.get("precision", "fp32"), reduce=settings.get("reduce", "every"))
+    names = ("sharding", "replicas", "precision", "reduce", "cpu_offload")
+    parallel = ParallelConfig(**{"precision": "fp32", **{key: settings[key] for key in names if key in settings}})
     place = topology.start(parallel)
     lm = causal.build(ModelConfig(path=folder), parallel, place, folder, True, seed=0)
     proofs.isolate_documents(lm, True)
@@ -65,20 +66,22 @@ def step(folder: str, targets: list[int], settings: dict[str, Any]) -> dict[str,
         loss_scale=optimizer.LossScale(lm.precision.scales_loss, place.device),
         clip_norm=settings.get("clip"),
         reduce_every=parallel.reduce == "every",
-        seed=0,
+        seed=settings.get("seed", 0),
         seq_len=SEQ,
+        progress=loop.Progress(step=settings.get("first", 0)),
     )
     before = {name: each.full_tensor().clone() for name, each in lm.model.named_parameters()}
     if settings.get("poison") is not None and place.rank == place.ranks - 1:
         # A NaN in one rank's part of a weight's gradient, where the last rank's data made it.
         last = list(lm.model.named_parameters())[-1][1]
         last.register_post_accumulate_grad_hook(lambda each: each.grad.to_local().fill_(settings["poison"]))
-    taken = next(loop.train(training, 1))
+    taken = next(loop.train(training, training.progress.step + 1))
     row = loop.figures(taken, training, ["corpus"])
     return {
         "row": row,
         "gradients": handed,
         "skipped": float(taken.skipped),
+        "scale": float(training.loss_scale.value),
         "moved": {name: bool((each.full_tensor() != before[name]).any()) for name, each in lm.model.named_parameters()},
         "states": [
             bool(torch.isfinite(own[key].to_local()).all()) and float(own["step"]) == 0
@@ -114,6 +117,9 @@ def whole_norm(gradients: dict[str, torch.Tensor]) -> float:
         (2, {"reduce": "last"}),
         (2, {"micro_batch_size": 2}),
         (4, {}),
+        (4, {"sharding": "hybrid_shard", "replicas": 2}),
+        (2, {"sharding": "no_shard"}),
+        (2, {"cpu_offload": True}),
     ],
 )
 def test_unequal_targets_weigh_by_their_number_on_any_ranks_and_micro_batches(
@@ -164,12 +170,62 @@ def test_a_gradient_that_is_not_finite_on_one_rank_changes_no_weight_on_any(
         assert found["skipped"] == 0.0 and all(found["moved"].values())
 
 
-def test_fp16_scales_its_loss_and_hands_the_optimizer_unscaled_gradients(ranks: Any, tiny_models: Any) -> None:
+@pytest.mark.parametrize("part", [None, 0.2])
+def test_fp16_scales_its_loss_and_hands_the_optimizer_unscaled_gradients(
+    ranks: Any, tiny_models: Any, part: float | None
+) -> None:
     loss, gradients = by_hand(tiny_models["mistral"], UNEQUAL)
-    for found in ranks(2, step, str(tiny_models["mistral"]), UNEQUAL, {"precision": "fp16-mixed"}):
+    norm = whole_norm(gradients)
+    settings = {"precision": "fp16-mixed", "clip": None if part is None else norm * part}
+    for found in ranks(2, step, str(tiny_models["mistral"]), UNEQUAL, settings):
         assert found["row"]["loss_scale"] == 2.0**16
         assert found["row"]["loss"] == pytest.approx(loss, rel=1e-2)
-        assert found["row"]["grad_norm"] == pytest.approx(whole_norm(gradients), rel=3e-2)
+        assert found["row"]["grad_norm"] == pytest.approx(norm, rel=3e-2)
+        assert whole_norm(found["gradients"]) == pytest.approx(norm * (part or 1), rel=3e-2)
+
+
+def test_an_overflow_halves_the_loss_scale_and_changes_nothing_else(ranks: Any, tiny_models: Any) -> None:
+    settings = {"precision": "fp16-mixed", "poison": math.inf}
+    for found in ranks(2, step, str(tiny_models["mistral"]), UNEQUAL, settings):
+        assert found["scale"] == 2.0**15 and not any(found["moved"].values())
+
+
+def test_only_updates_left_out_without_a_pause_end_a_run() -> None:
+    from llm_recipes.errors import UserError
+    from llm_recipes.training.loop import Skips
+
+    skips = Skips(torch.device("cpu"), patience=3)
+    for each in (1.0, 1.0, 0.0, 1.0, 1.0):
+        skips.add(torch.tensor(each))
+    assert skips.check(5) == 4
+    skips.add(torch.tensor(1.0))
+    with pytest.raises(UserError, match="not finite in 3 steps"):
+        skips.check(6)
+
+
+def seeds(folder: str, seed: int) -> list[int]:
+    """What the loop seeds its dropout with, in two steps of its own."""
+    from llm_recipes.training import loop
+
+    seen: list[int] = []
+    original = loop.seed_step
+    loop.seed_step = lambda *given: seen.append(given) or original(*given)  # type: ignore[func-returns-value]
+    try:
+        step(folder, UNEQUAL, {"seed": seed, "first": 3})
+    finally:
+        loop.seed_step = original
+    return seen
+
+
+def test_the_loop_seeds_by_seed_step_and_rank(ranks: Any, tiny_models: Any) -> None:
+    from llm_recipes.training.loop import seed_step
+
+    assert ranks(2, seeds, str(tiny_models["mistral"]), 7) == [[(7, 3, 0)], [(7, 3, 1)]]
+    drawn = set()
+    for given in ((7, 3, 0), (7, 3, 1), (7, 4, 0), (8, 3, 0), (20261121, 10**6, 4095), (2**62, 10**9, 9999)):
+        seed_step(*given)
+        drawn.add(float(torch.rand(())))
+    assert len(drawn) == 6
 
 
 def masks(folder: str, precision: str) -> list[list[float]]:

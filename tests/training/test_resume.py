@@ -210,6 +210,11 @@ def test_a_given_checkpoint_starts_a_run_in_a_new_folder(ranks: Any, tiny_models
     assert refused is not None and "checkpoint.resume=never" in refused
     [refused] = ranks(1, run, tiny.pretrain_config(folder, model, run__name="third", checkpoint__resume="/nowhere"))
     assert refused is not None and "no checkpoint there" in refused
+    other_model = tiny.pretrain_config(
+        folder, tiny_models["tied"], run__name="fourth", checkpoint__resume=str(last(folder, 4))
+    )
+    [refused] = ranks(1, run, other_model)
+    assert refused is not None and "of another model (model_type mistral, here qwen3)" in refused
 
 
 def test_nothing_in_a_checkpoint_is_code(ranks: Any, tiny_models: Any, workplace: Workplace) -> None:
