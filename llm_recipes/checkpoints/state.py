@@ -76,11 +76,6 @@ def copy_model_files(source: Path, target: Path) -> None:
                 shutil.copyfile(path, target / path.name)
 
 
-def write_config(model: Any, target: Path) -> None:
-    """`config.json` of the model as it trains, without what only this process knows."""
-    model.config.save_pretrained(target)
-
-
 def save(
     root: Path,
     step: int,
@@ -112,7 +107,7 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         (partial / "model").mkdir(parents=True)
         (partial / "optimizer").mkdir()
-        write_config(model, partial / "model")
+        model.config.save_pretrained(partial / "model")
         copy_model_files(base, partial / "model")
         for name, text in run_files.items():
             (partial / name).write_text(text, encoding="utf-8")

@@ -1,7 +1,7 @@
 """The global batch stream: positions to batches.
 
 Kinds of index, from the outside in:
-    step      an attempt to update; step s takes the samples that `schedule.batch_span(s)` names
+    step      an attempt to update; step s takes the samples that `schedule.BatchSpans.at(s)` names
     position  a global sample number; one integer is the whole data state
     place     source, epoch and window of a position (`mixture`)
     window    a source's window, read as documents (`windows`), laid out as arrays (`documents`)

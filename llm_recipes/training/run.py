@@ -294,18 +294,18 @@ class _Run:
 
     def _train(self, training: Training, stop: int, fresh: bool) -> None:
         config, lm = self.config, training.models["policy"]
+        if training.progress.step >= stop:
+            log.info("nothing to do: step %d of %d is done (train.stop_at, train.steps)", training.progress.step, stop)
+            return
         metrics = Metrics(self.folder.metrics)
         off = dataclasses.replace(config.logging.wandb, mode="disabled")
         tracker = Tracker(config.logging.wandb if self.place.is_first else off, self.folder.path, self.folder.settings)
         skips, skipped_before = Skips(self.place.device), training.progress.skipped_updates
         clock = Clock(lm, config.data.seq_len, training.progress.step)
-        if training.progress.step >= stop:
-            log.info("nothing to do: step %d of %d is done (train.stop_at, train.steps)", training.progress.step, stop)
-            return
-        if fresh:
-            self._validate(lm, training, metrics, tracker)
         saved = training.progress.step
         try:
+            if fresh:
+                self._validate(lm, training, metrics, tracker)
             with terminal.StepProgress(training.progress.step, stop, self.place.is_first) as bar:
                 clock.restart(training.progress.step)
                 for step in train(training, stop):
