@@ -29,6 +29,8 @@ from llm_recipes.command import conf_folder
 from llm_recipes.errors import EXIT_STATUS, UserError
 
 EXPERIMENT = "swallow_mini"
+RUN = "run"
+"""Its name: `+exp=swallow_mini` by itself stays free for runs of the user's own."""
 PROMPT = "ファイルを保存するには、"
 NEW_TOKENS = 48
 STAGES = 6
@@ -199,8 +201,9 @@ def main() -> None:
     steps = int(OmegaConf.merge(configured, OmegaConf.from_dotlist(handed_on)).train.steps)
     count = processes()
     torchrun = [str(Path(python()).with_name("torchrun")), "--nproc_per_node", str(count)]
-    command = [*torchrun, "-m", "llm_recipes.pretrain", f"+exp={EXPERIMENT}", *overrides(root), *handed_on]
-    folder = root / EXPERIMENT
+    experiment = [f"+exp={EXPERIMENT}", f"run.name={RUN}"]
+    command = [*torchrun, "-m", "llm_recipes.pretrain", *experiment, *overrides(root), *handed_on]
+    folder = root / RUN
     checkpoints = {step: folder / "checkpoints" / f"step-{step:08}" for step in (steps // 2, steps)}
     threads = {"OMP_NUM_THREADS": "1"} if count > 1 else {}
 
