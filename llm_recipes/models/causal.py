@@ -17,7 +17,7 @@ from llm_recipes.config import ModelConfig, ParallelConfig
 from llm_recipes.data.documents import IGNORE
 from llm_recipes.data.stream import Batch
 from llm_recipes.errors import UserError
-from llm_recipes.models import head, loading, sharding
+from llm_recipes.models import head, initial, loading, sharding
 from llm_recipes.models import layers as layer_options
 from llm_recipes.models.flops import Cost, cost
 from llm_recipes.models.masking import Masking, accepted_arguments, sliding_window
@@ -187,7 +187,7 @@ def build(
     layers = sharding.layers(model)
     layer_options.prepare(layers, config.activation_checkpointing, config.compile)
     random = weights and config.init == "random"
-    fill = loading.random_weights(model, seed, partial(empty, "cpu")) if random else None
+    fill = initial.random_weights(model, seed, partial(empty, "cpu")) if random else None
     sharding.shard(model, topology, precision, parallel.cpu_offload, fill)
     where = torch.device("cpu") if parallel.cpu_offload else topology.device
     if random:

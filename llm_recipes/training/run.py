@@ -19,7 +19,7 @@ from llm_recipes.data.stream import GlobalBatches, Samples
 from llm_recipes.data.validation import ValidationSet, open_validation
 from llm_recipes.errors import UserError
 from llm_recipes.evaluation import bits_per_byte
-from llm_recipes.models import causal, loading, topology
+from llm_recipes.models import causal, initial, loading, topology
 from llm_recipes.models.causal import CausalLM
 from llm_recipes.telemetry import progress as terminal
 from llm_recipes.telemetry.metrics import Metrics
@@ -161,7 +161,7 @@ class _Run:
             scale.load(kept["loss_scale"])
             self.data.spans.go_on(done.step, kept["position"])
             log.info("resumed from %s: step %d, next sample %d", found, done.step, kept["position"])
-        loading.refuse_uninitialised(lm.model)
+        initial.refuse_uninitialised(lm.model)
         samples = Samples(self.data.sources, mixture, config.data.mask_documents)
         training = Training(
             models={"policy": lm},

@@ -89,7 +89,7 @@ def opened(
     folders: list[str], precision: str = "fp32", seeds: tuple[int, ...] = (0,), init: str = "pretrained"
 ) -> list[Any]:
     """What each folder (and seed) becomes here."""
-    from llm_recipes.models import loading, topology
+    from llm_recipes.models import initial, topology
 
     place = topology.start(ParallelConfig())
     found = []
@@ -97,7 +97,7 @@ def opened(
         for seed in seeds:
             before = torch.random.get_rng_state()
             lm = build(place, folder, precision, seed, init=init)
-            loading.refuse_uninitialised(lm.model)
+            initial.refuse_uninitialised(lm.model)
             ends = lm.model.get_input_embeddings().weight, lm.model.get_output_embeddings().weight
             found.append({
                 "tensors": whole(lm.model),
@@ -379,7 +379,7 @@ def test_no_code_of_a_model_runs_unless_it_is_asked_for_by_name(tmp_path: Path) 
 
 
 def test_a_tensor_without_memory_or_with_what_memory_held_is_found() -> None:
-    from llm_recipes.models.loading import refuse_uninitialised
+    from llm_recipes.models.initial import refuse_uninitialised
 
     refuse_uninitialised(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
     for name, value in {"0.weight": torch.empty(2, 2, device="meta"), "0.bias": torch.tensor([0.0, torch.nan])}.items():
