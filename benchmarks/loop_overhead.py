@@ -39,13 +39,14 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llm_recipes.config import BatchWarmupConfig, ModelConfig, OptimConfig, ParallelConfig, ScheduleConfig
+from llm_recipes.config import BatchWarmupConfig, GuardConfig, ModelConfig, OptimConfig, ParallelConfig, ScheduleConfig
 from llm_recipes.data.documents import window
 from llm_recipes.data.stream import Batch, stack
 from llm_recipes.models import causal, topology
 from llm_recipes.models.topology import Topology
 from llm_recipes.training import optimizer, proofs, schedule
-from llm_recipes.training.loop import Skips, Step, Training, figures, train
+from llm_recipes.training.guard import Guard
+from llm_recipes.training.loop import Step, Training, figures, train
 from llm_recipes.training.objective import NextToken
 
 DEFAULTS = {
@@ -121,22 +122,20 @@ class Ours:
             optimizer=adamw,
             objective=NextToken(sources=1),
             batches=iter(self.feed.popleft, None),
-            spans=schedule.BatchSpans(rows * len(sample) * place.ranks, BatchWarmupConfig(), sys.maxsize),
+            spans=schedule.BatchSpans(rows * len(sample) * place.ranks, BatchWarmupConfig()),
             learning_rate=schedule.learning_rate(optim, ScheduleConfig("constant"), sys.maxsize),
             loss_scale=optimizer.LossScale(self.lm.precision.scales_loss, place.device),
+            guard=Guard(GuardConfig(), place.device, self.lm.precision.scales_loss),
             clip_norm=optim.grad_clip_norm,
             reduce_every=options["reduce"] == "every",
             seed=0,
             seq_len=int(options["seq_len"]),
         )
         self._steps = train(self.training, sys.maxsize)
-        self._skips = Skips(place.device)
 
     def step(self, micro_batches: list[Batch]) -> Step:
         self.feed.append(micro_batches)
-        step = next(self._steps)
-        self._skips.add(step.skipped)
-        return step
+        return next(self._steps)
 
 
 def by_hand(model: Any, optim: OptimConfig) -> torch.optim.AdamW:

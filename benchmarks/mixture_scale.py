@@ -104,16 +104,16 @@ def measure(folder: Path, seq_len: int, samples: int) -> dict[str, float]:
     dataset.sample(far)
     sought = time.perf_counter()
     after = memory()
-    spans = [(far + first, 8) for first in range(0, samples, 8)]
+    steps = [range(far + first, far + first + 8) for first in range(0, samples, 8)]
     stream = time.perf_counter()
-    for _ in GlobalBatches(dataset, spans, 8, 0, 1, VOCABULARY):
+    for _ in GlobalBatches(dataset, steps, 8, 0, 1, VOCABULARY):
         pass
     return {
         "open": opened - started,
         "seek": sought - opened,
         "memory": after["VmHWM"] - before["VmRSS"],
         "private": after["RssAnon"] - before["RssAnon"],
-        "stream": len(spans) * 8 / (time.perf_counter() - stream),
+        "stream": len(steps) * 8 / (time.perf_counter() - stream),
         "tokens": sum(source.windows.tokens for source in sources),
         "windows": sum(len(source.windows) for source in sources),
     }

@@ -13,7 +13,7 @@ from llm_recipes.errors import UserError, did_you_mean
 REQUIRED: Any = "???"
 
 
-def choice(default: str, *others: str) -> Any:
+def choice(default: str | None, *others: str) -> Any:
     """A string field that takes only these values."""
     return field(default=default, metadata={"choices": (default, *others)})
 
@@ -147,9 +147,30 @@ class CheckpointConfig:
     keep: int | None = 2
     """How many of the newest to keep for resuming. None: all."""
     keep_every: int | None = None
-    """Keep each checkpoint at a multiple of this many steps for good."""
+    """Keep the weights of each checkpoint at a multiple of this many steps for good, to evaluate."""
+    keep_every_dtype: str | None = choice(None, "bfloat16", "float16", "float32")
+    """Dtype of the weights that are kept for good. None: as they are."""
+    async_save: bool = True
+    """Write while training goes on. false: training waits."""
+    max_unsaved_steps: int | None = None
+    """Saves may fail, and training goes on, until so many steps would be lost. None: four times `every`."""
     resume: str = "auto"
     """`auto`, `never` (a new folder only), or a checkpoint's path."""
+
+
+@dataclass
+class GuardConfig:
+    window: int = 128
+    """Updates whose losses and gradient norms say what is usual."""
+    threshold: float | None = 10.0
+    """Leave an update out whose loss, or logarithm of the gradient norm, lies so many deviations above the window's
+    median (robust z-score). None: only where one is not finite."""
+    patience: int = 8
+    """Roll back when so many of the last `window` updates were left out."""
+    max_rollbacks: int = 3
+    """Then the run stops."""
+    lr_factor: float = 1.0
+    """Multiplies the learning rate at each rollback."""
 
 
 @dataclass
@@ -181,6 +202,13 @@ class RunConfig:
     """The run's folder is `<dir>/<name>`; the same command continues the run in it."""
     allow_changes: bool = False
     """Continue a run although keys of its configuration changed."""
+    max_seconds: float | None = None
+    """Save and leave in time, counted from the start of this process (a job's wall-clock limit)."""
+    stall_seconds: float | None = 1800.0
+    """Without progress for so long, name the rank that hangs, write down what each rank does, and leave. None: wait."""
+    on_event: str | None = None
+    """A shell command (the event as JSON on its input) or a URL (posted there), for what is worth knowing: an update
+    left out, a rollback, a save that failed, a stop, a stall, the end."""
 
 
 @dataclass
@@ -191,6 +219,7 @@ class PretrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
@@ -254,7 +283,8 @@ def check_choices(config: Any, where: str = "") -> None:
         key = f"{where}{item.name}"
         choices = item.metadata.get("choices")
         if choices and value not in choices:
-            raise UserError(f"{key}={value}: no such choice, {did_you_mean(str(value), choices)}")
+            known = [each for each in choices if each is not None]
+            raise UserError(f"{key}={value}: no such choice, {did_you_mean(str(value), known)}")
         if dataclasses.is_dataclass(value):
             check_choices(value, f"{key}.")
         elif isinstance(value, dict):
@@ -288,6 +318,11 @@ def check_pretrain(config: PretrainConfig) -> None:
         "checkpoint.every": config.checkpoint.every,
         "checkpoint.keep": config.checkpoint.keep,
         "checkpoint.keep_every": config.checkpoint.keep_every,
+        "checkpoint.max_unsaved_steps": config.checkpoint.max_unsaved_steps,
+        "guard.threshold": config.guard.threshold,
+        "guard.patience": config.guard.patience,
+        "run.max_seconds": config.run.max_seconds,
+        "run.stall_seconds": config.run.stall_seconds,
         "validation.every": config.validation.every,
         "logging.every": config.logging.every,
         "parallel.replicas": config.parallel.replicas,
@@ -300,6 +335,7 @@ def check_pretrain(config: PretrainConfig) -> None:
         "data.seed": data.seed,
         "train.seed": train.seed,
         "optim.weight_decay": optim.weight_decay,
+        "guard.max_rollbacks": config.guard.max_rollbacks,
     }.items():
         need(count >= 0, f"{key}={count}: must not be negative")
     need(
@@ -361,6 +397,12 @@ def check_pretrain(config: PretrainConfig) -> None:
     if data.stages:
         total = sum(stage.share for stage in data.stages)
         need(abs(total - 1) < 1e-6, f"data.stages: the shares add up to {total}, not 1")
+    need(config.guard.window >= 16, f"guard.window={config.guard.window}: at least 16 updates say what is usual")
+    need(
+        config.guard.patience <= config.guard.window,
+        f"guard.patience={config.guard.patience}: more than guard.window={config.guard.window}",
+    )
+    need(0 < config.guard.lr_factor <= 1, f"guard.lr_factor={config.guard.lr_factor}: above 0, up to 1")
     need(
         config.parallel.replicas is None or config.parallel.sharding == "hybrid_shard",
         f"parallel.replicas={config.parallel.replicas} needs parallel.sharding=hybrid_shard",

@@ -72,9 +72,8 @@ def _read(path: Path) -> Any:
 
 def model_card(checkpoint: Path, dtype: str) -> str:
     """What a model is made of: base and its licence, languages, data with their licences, the configuration."""
-    settings = checkpoint / "config.yaml"
-    text = settings.read_text(encoding="utf-8") if settings.exists() else ""
-    run: Any = OmegaConf.to_container(OmegaConf.create(text)) if text else {}
+    run = _read(checkpoint / "config.json") or {}
+    text = OmegaConf.to_yaml(OmegaConf.create(run))
     base = str(run.get("model", {}).get("path", "not known"))
     plan = _read(checkpoint / "plan.json") or []
     licences = _read(checkpoint / "licences.json") or {}

@@ -17,6 +17,7 @@ from llm_recipes.models.topology import Topology
 NAME = re.compile(r"step-(\d{8,})")
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
+DELETED = ".deleted"
 
 
 def folder_name(step: int) -> str:
@@ -51,48 +52,67 @@ def files_in(folder: Path) -> list[str]:
     return sorted(name for name in found if name != MANIFEST)
 
 
-def complete_safetensors(path: Path) -> bool:
-    """Whether a safetensors file is as long as its own header says."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or 8 + length > size:
-            return False
-        header = json.loads(file.read(length))
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    return size == 8 + length + max(ends, default=0)
-
-
 def describe(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
-    """Size and checksum of some of a checkpoint's files. Each is brought to the disk first.
-
-    Raises:
-        OSError: a safetensors file is shorter than its header says.
-    """
+    """Size and checksum of some of a checkpoint's files. Each is brought to the disk first."""
     found = {}
     for name in names:
         path = folder / name
         sync(path)
-        if path.suffix == ".safetensors" and not complete_safetensors(path):
-            raise OSError(f"{path}: shorter than its header says")
         found[name] = {"bytes": path.stat().st_size, "xxh3_128": checksum(path)}
     return found
 
 
-def damage(folder: Path, topology: Topology | None = None) -> str | None:
+def write(folder: Path, content: dict[str, Any]) -> None:
+    """Write a folder's manifest, the last of its files, and bring the folder's own entries to the disk."""
+    path = folder / MANIFEST
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    for each in (path, *(below for below in folder.iterdir() if below.is_dir()), folder):
+        sync(each)
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """A checkpoint's manifest.
+
+    Raises:
+        ValueError, OSError: it cannot be read, or is none.
+    """
+    content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
+        raise ValueError("it lists no files")
+    return content
+
+
+def weights_only(folder: Path) -> bool:
+    """Whether a checkpoint is kept for evaluation, without what a run needs to go on."""
+    try:
+        return bool(read(folder).get("weights_only"))
+    except (OSError, ValueError):
+        return False
+
+
+def damage(folder: Path, topology: Topology | None = None, run_id: str | None = None) -> str | None:
     """What is wrong with a checkpoint, or None where every file is there with its size and checksum.
 
     The ranks share the reading out; all get the same answer. Without a topology this process reads everything.
+
+    Args:
+        run_id: the run that it must be of, where that matters.
     """
     rank, ranks = (topology.rank, topology.ranks) if topology else (0, 1)
+    step = step_of(folder.with_name(folder.name.removesuffix(PARTIAL)))
     mine: str | None = None
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        entries = sorted(manifest["files"].items())
-        for name, entry in entries[rank::ranks]:
+        content = read(folder)
+        if run_id is not None and content.get("run", run_id) != run_id:
+            mine = f"its manifest is of another run ({content['run']}, not {run_id})"
+        elif content.get("step", step) != step:
+            mine = f"its manifest is of step {content['step']}"
+        entries = sorted(content["files"].items())
+        for name, entry in entries[rank::ranks] if mine is None else ():
             path = folder / name
-            if not path.is_file():
+            if not path.resolve().is_relative_to(folder.resolve()):
+                mine = f"its manifest names {name}, which is not in it"
+            elif not path.is_file():
                 mine = f"{name} is missing"
             elif path.stat().st_size != entry["bytes"]:
                 mine = f"{name} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}"
@@ -100,27 +120,19 @@ def damage(folder: Path, topology: Topology | None = None) -> str | None:
                 mine = f"{name} does not match its checksum"
             if mine:
                 break
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         mine = f"its manifest cannot be read ({type(error).__name__}: {error})"
     return next((found for found in (topology.gather(mine) if topology else [mine]) if found), None)
 
 
-def retain(root: Path, keep: int | None, keep_every: int | None) -> None:
-    """Remove old checkpoints: all but the newest `keep`, and those at multiples of `keep_every`."""
-    if keep is None:
-        return
-    for folder in checkpoints(root)[keep:]:
-        if keep_every is not None and step_of(folder) % keep_every == 0:
-            continue
-        # Under its final name a half-deleted folder would look like a damaged checkpoint.
-        doomed = folder.with_name(folder.name + ".deleted")
-        folder.rename(doomed)
-        shutil.rmtree(doomed)
-
-
 def clean(root: Path) -> None:
-    """Remove what crashes left half-written or half-deleted."""
-    if root.is_dir():
-        for path in root.iterdir():
-            if path.name.endswith((PARTIAL, ".deleted")):
-                shutil.rmtree(path)
+    """Remove what crashes left half-written or half-deleted; what was whole but for its name gets it."""
+    if not root.is_dir():
+        return
+    for path in root.iterdir():
+        final = path.with_name(path.name.removesuffix(PARTIAL))
+        if path.name.endswith(PARTIAL) and not final.exists() and damage(path) is None:
+            path.rename(final)
+    for path in root.iterdir():
+        if path.name.endswith((PARTIAL, DELETED)):
+            shutil.rmtree(path)

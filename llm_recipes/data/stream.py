@@ -1,7 +1,7 @@
 """The global batch stream: positions to batches.
 
 Kinds of index, from the outside in:
-    step      an attempt to update; step s takes the samples that `schedule.BatchSpans.at(s)` names
+    step      an attempt to update; step s takes the samples that `schedule.BatchSpans.positions(s)` names
     position  a global sample number; one integer is the whole data state
     place     source, epoch and window of a position (`mixture`)
     window    a source's window, read as documents (`windows`), laid out as arrays (`documents`)
@@ -56,17 +56,14 @@ class Samples(Dataset[Batch]):
         return stack([self.sample(position) for position in positions])
 
 
-def rank_positions(first: int, size: int, micro_batch_size: int, rank: int, ranks: int) -> list[list[int]]:
-    """The micro-batches of one rank in the global batch `first` .. `first + size - 1`.
+def rank_positions(positions: Sequence[int], micro_batch_size: int, rank: int, ranks: int) -> list[list[int]]:
+    """The micro-batches of one rank in a global batch, given by the positions of its samples.
 
     Every rank takes a run of its own; together they cover the batch once.
     """
-    per_rank = size // ranks
-    start = first + rank * per_rank
-    return [
-        list(range(at, min(at + micro_batch_size, start + per_rank)))
-        for at in range(start, start + per_rank, micro_batch_size)
-    ]
+    per_rank = len(positions) // ranks
+    own = positions[rank * per_rank : (rank + 1) * per_rank]
+    return [list(own[at : at + micro_batch_size]) for at in range(0, per_rank, micro_batch_size)]
 
 
 class GlobalBatches:
@@ -74,7 +71,7 @@ class GlobalBatches:
 
     Args:
         samples: the dataset.
-        spans: (first position, size) of each global batch, in order.
+        steps: the positions of the samples of each global batch, in order.
         micro_batch_size: sequences in a micro-batch.
         rank, ranks: data-parallel rank and size.
         vocab_size: every token id must lie below.
@@ -85,7 +82,7 @@ class GlobalBatches:
     def __init__(
         self,
         samples: Samples,
-        spans: Iterable[tuple[int, int]],
+        steps: Iterable[Sequence[int]],
         micro_batch_size: int,
         rank: int,
         ranks: int,
@@ -94,9 +91,9 @@ class GlobalBatches:
         pin: bool = False,
     ) -> None:
         self.samples = samples
-        self.spans = spans
+        self.steps = steps
         self.vocab_size = vocab_size
-        self._rank_positions = lambda first, size: rank_positions(first, size, micro_batch_size, rank, ranks)
+        self._rank_positions = lambda positions: rank_positions(positions, micro_batch_size, rank, ranks)
         self._loader_options: dict[str, Any] = {"num_workers": workers, "pin_memory": pin}
 
     def __iter__(self) -> Iterator[list[Batch]]:
@@ -104,12 +101,12 @@ class GlobalBatches:
         batches: DataLoader[Batch] = DataLoader(
             self.samples,
             batch_size=None,
-            sampler=_Positions(self.spans, self._rank_positions),
+            sampler=_Positions(self.steps, self._rank_positions),
             **self._loader_options,
         )
         ready = iter(batches)
-        for first, size in self.spans:
-            step = [next(ready) for _ in self._rank_positions(first, size)]
+        for positions in self.steps:
+            step = [next(ready) for _ in self._rank_positions(positions)]
             for batch in step:
                 self._refuse_unknown_tokens(batch)
             yield step
@@ -129,9 +126,9 @@ class GlobalBatches:
 class _Positions:
     """The sampler: every micro-batch of every step, in order."""
 
-    def __init__(self, spans: Iterable[tuple[int, int]], rank_positions: Any) -> None:
-        self.spans, self.rank_positions = spans, rank_positions
+    def __init__(self, steps: Iterable[Sequence[int]], rank_positions: Any) -> None:
+        self.steps, self.rank_positions = steps, rank_positions
 
     def __iter__(self) -> Iterator[list[int]]:
-        for first, size in self.spans:
-            yield from self.rank_positions(first, size)
+        for positions in self.steps:
+            yield from self.rank_positions(positions)

@@ -4,7 +4,7 @@ Unlike loss per token it compares models whose vocabularies differ. Sums first, 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,9 @@ from llm_recipes.data.validation import ValidationSet
 from llm_recipes.models.causal import CausalLM
 
 
-def score(lm: CausalLM, held_out: ValidationSet, micro_batch_size: int) -> dict[str, Any]:
+def score(
+    lm: CausalLM, held_out: ValidationSet, micro_batch_size: int, beat: Callable[[str], None] = lambda doing: None
+) -> dict[str, Any]:
     """A model's likelihood of a held-out set.
 
     The ranks share the windows out and run the same number of passes, whatever their number: a rank that has none
@@ -22,6 +24,7 @@ def score(lm: CausalLM, held_out: ValidationSet, micro_batch_size: int) -> dict[
 
     Args:
         micro_batch_size: windows in a pass.
+        beat: told before each pass: a long validation is no standstill.
 
     Returns:
         `bits_per_byte` (None where the bytes are not known), `nats_per_token`, `targets`, `bytes`, `documents`.
@@ -31,6 +34,7 @@ def score(lm: CausalLM, held_out: ValidationSet, micro_batch_size: int) -> dict[
     total = torch.zeros(2, dtype=torch.float64, device=topology.device)
     with lm.evaluating():
         for first in range(0, len(held_out), per_pass):
+            beat(f"validating on {held_out.name}")
             start = first + topology.data_rank * micro_batch_size
             windows = [
                 held_out[number] if number < len(held_out) else held_out.empty()
@@ -55,6 +59,11 @@ def summary(nats: float, targets: int, text_bytes: int | None, documents: int) -
     }
 
 
-def score_all(lm: CausalLM, sets: Sequence[ValidationSet], micro_batch_size: int) -> dict[str, dict[str, Any]]:
+def score_all(
+    lm: CausalLM,
+    sets: Sequence[ValidationSet],
+    micro_batch_size: int,
+    beat: Callable[[str], None] = lambda doing: None,
+) -> dict[str, dict[str, Any]]:
     """`score` of each set, by name."""
-    return {held_out.name: score(lm, held_out, micro_batch_size) for held_out in sets}
+    return {held_out.name: score(lm, held_out, micro_batch_size, beat) for held_out in sets}

@@ -6,7 +6,7 @@ torch is imported where it is used: `launched_rank` must answer before anything 
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -97,13 +97,24 @@ class Topology:
         dist.all_reduce(tensor)
         return tensor
 
-    def gather(self, value: Any) -> list[Any]:
-        """A small Python value from every rank, on every rank."""
+    def gather(self, value: Any, group: Any = None) -> list[Any]:
+        """A small Python value from every rank, on every rank; over a group from `group_of_its_own`, or training's."""
         import torch.distributed as dist
 
         values: list[Any] = [None] * self.ranks
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=group)
         return values
+
+    def group_of_its_own(self) -> Any:
+        """All ranks once more, for a thread: on training's group its calls would mix with training's, and deadlock.
+
+        Its calls may wait for days: what watches over a run notices a rank that hangs.
+        """
+        from datetime import timedelta
+
+        import torch.distributed as dist
+
+        return dist.new_group(backend="gloo", timeout=timedelta(days=7))
 
     def from_first(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
@@ -112,6 +123,17 @@ class Topology:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def on_first(self, work: Callable[[], Any]) -> Any:
+        """Do something on the first rank; its result, or what went wrong, is everybody's."""
+        result, error = None, None
+        if self.is_first:
+            try:
+                result = work()
+            except Exception as problem:  # the others wait: `agree` raises it on all
+                error = problem
+        self.agree(error)
+        return self.from_first(result)
 
     def barrier(self) -> None:
         import torch.distributed as dist

@@ -1,12 +1,19 @@
-"""`metrics.jsonl`: one object per logged step, in the run's folder, always.
+"""`metrics.jsonl`: one object per logged step, in the run's folder, always; and one per event.
 
-After a resume a step may stand there twice: its last row holds.
+After a resume or a rollback a step may stand there twice: its last row holds. Events all hold.
 """
 
 import json
+import logging
 import math
+import threading
 from pathlib import Path
 from typing import Any
+
+log = logging.getLogger(__name__)
+
+MOST_WAITING = 100_000
+"""Rows."""
 
 
 def _plain(value: Any) -> Any:
@@ -15,34 +22,60 @@ def _plain(value: Any) -> Any:
         return str(value)
     if isinstance(value, dict):
         return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
     return value
 
 
 class Metrics:
-    """Appends rows to a run's `metrics.jsonl`; floats in full precision."""
+    """Appends rows to a run's `metrics.jsonl`; floats in full precision.
+
+    A disk that refuses does not stop a run: rows wait until it takes them.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        # A crash may have cut the last row off: the next one begins on a line of its own.
-        self._torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+        self._waiting: list[str] = []
+        self._lock = threading.Lock()
+        self._torn: bool | None = None
 
     def write(self, row: dict[str, Any]) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write("\n" if self._torn else "")
-            self._torn = False
-            file.write(json.dumps(_plain(row), ensure_ascii=False) + "\n")
+        with self._lock:
+            self._waiting.append(json.dumps(_plain(row), ensure_ascii=False))
+            try:
+                self._flush()
+            except OSError as error:
+                if len(self._waiting) == 1:
+                    log.warning("%s cannot be written (%s): its rows wait", self.path, error)
+                del self._waiting[:-MOST_WAITING]
+
+    def _flush(self) -> None:
+        if self._torn is None:
+            # A crash, or a full disk, may have cut the last row off: the next one begins on a line of its own.
+            with open(self.path, "ab+") as file:
+                end = file.tell()
+                file.seek(max(0, end - 1))
+                self._torn = file.read(1) not in (b"", b"\n")
+        text = ("\n" if self._torn else "") + "\n".join(self._waiting) + "\n"
+        self._torn = None
+        with open(self.path, "ab", buffering=0) as file:
+            left = memoryview(text.encode())
+            while left:
+                left = left[file.write(left) :]
+        self._torn, self._waiting = False, []
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The rows that hold, in the order of their steps: training rows and validation rows apart.
+    """The rows that hold, in the order of their steps: training rows, validation rows and events apart.
 
     A line that a crash cut off is left out.
     """
-    rows: dict[tuple[int, bool], dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+    rows: dict[tuple[int, str, int], dict[str, Any]] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n")):
         try:
             row = json.loads(line)
         except ValueError:
             continue
-        rows[(row["step"], "validation" in row)] = row
+        kind = "event" if "event" in row else "validation" if "validation" in row else "step"
+        rows[(row["step"], kind, number if kind == "event" else 0)] = row
     return [rows[key] for key in sorted(rows)]

@@ -28,23 +28,19 @@ class Tracker:
         config: what was asked for. The environment's WANDB_* variables are honoured where it says nothing.
         folder: the run's folder; project and group default to the names of the folders above it.
         settings: the configuration, to be shown with the run.
+        run_id: the run's own, stable one.
     """
 
-    def __init__(self, config: WandbConfig, folder: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, config: WandbConfig, folder: Path, settings: dict[str, Any], run_id: str) -> None:
         self._run: Any = None
         if config.mode == "disabled":
             return
         above = folder.resolve().parent
-        identity = folder / "wandb_id"
         try:
-            import uuid
-
             import wandb
 
-            if not identity.exists():
-                identity.write_text(uuid.uuid4().hex[:8])
             self._run = wandb.init(
-                id=identity.read_text().strip(),
+                id=run_id,
                 resume="allow",
                 mode=config.mode,  # type: ignore[arg-type]
                 entity=config.entity or os.environ.get("WANDB_ENTITY"),

@@ -6,6 +6,7 @@ import logging
 import os
 import platform
 import subprocess
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from llm_recipes.telemetry import metrics
 log = logging.getLogger(__name__)
 
 MAY_CHANGE = (
-    "train.stop_at", "train.micro_batch_size", "logging", "checkpoint", "validation", "run", "dry_run",
+    "train.stop_at", "train.micro_batch_size", "logging", "checkpoint", "validation", "guard", "run", "dry_run",
     "data.workers", "data.verify", "data.validation", "data.accept_tokenizer",
     "parallel.sharding", "parallel.replicas", "parallel.reduce", "parallel.cpu_offload", "parallel.timeout_seconds",
     "model.activation_checkpointing", "model.compile", "model.attention",
@@ -82,8 +83,26 @@ class RunFolder:
         self.path = Path(config.run.dir) / config.run.name
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
+        self.rollbacks = self.path / "rollbacks.json"
+        self.id = uuid.uuid4().hex[:8]
+        """Names the run for good: in its checkpoints' manifests, and at W&B."""
         self.yaml = OmegaConf.to_yaml(OmegaConf.structured(config))
         self.settings: dict[str, Any] = OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[assignment]
+
+    def refuse_unwritable(self) -> None:
+        """Before anything is written.
+
+        Raises:
+            UserError: the folder cannot be.
+        """
+        there = next(path for path in (self.path, *self.path.parents) if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise UserError(f"{self.path}: the run's folder cannot be written ({there}); see run.dir and run.name")
+
+    def known_id(self) -> str:
+        """The run's, if it has one by now; else the one that it will have."""
+        path = self.path / "run_id"
+        return path.read_text(encoding="utf-8").strip() if path.exists() else self.id
 
     def open(self, contents: dict[str, Any]) -> None:
         """Check that the folder is this run's, or can become so. Nothing is written yet.
@@ -92,12 +111,8 @@ class RunFolder:
             contents: what each source holds (`sources.contents`).
 
         Raises:
-            UserError: it cannot be written, belongs to another configuration or other corpora, or has lost its
-                checkpoints.
+            UserError: it belongs to another configuration or other corpora, or has lost its checkpoints.
         """
-        there = next(path for path in (self.path, *self.path.parents) if path.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            raise UserError(f"{self.path}: the run's folder cannot be written ({there}); see run.dir and run.name")
         saved = self.path / "config.yaml"
         if saved.exists():
             self._refuse_another_run(saved)
@@ -114,6 +129,7 @@ class RunFolder:
             manifest.clean(self.checkpoints)
             for name, content in (kept | {"environment": environment()}).items():
                 self._write(f"{name}.json", json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+            self._write("run_id", self.id + "\n")
             self._write("config.yaml", self.yaml)
         except OSError as error:
             raise UserError(f"{self.path}: the run's folder cannot be written ({error}); see run.dir") from error
@@ -157,7 +173,7 @@ class RunFolder:
         if changed:
             log.warning("going on with a changed configuration: %s", shown)
         if not manifest.checkpoints(self.checkpoints) and self.metrics.exists():
-            reached = max((row["step"] for row in metrics.read(self.metrics)), default=0)
+            reached = max((row["step"] for row in metrics.read(self.metrics) if "event" not in row), default=0)
             if reached >= min(self.config.checkpoint.every, before.get("checkpoint.every", reached)):
                 raise UserError(
                     f"{self.checkpoints}: empty, though the run has reached step {reached}; bring its checkpoints "
@@ -179,9 +195,10 @@ class RunFolder:
         return wanted
 
     def files_for_checkpoint(self) -> dict[str, str]:
-        """What each checkpoint takes along of its run."""
-        names = ("config.yaml", "environment.json", "plan.json", "licences.json")
-        return {name: (self.path / name).read_text(encoding="utf-8") for name in names if (self.path / name).exists()}
+        """What each checkpoint takes along of its run: JSON, like all that is in it."""
+        names = ("environment.json", "plan.json", "licences.json")
+        kept = {name: (self.path / name).read_text(encoding="utf-8") for name in names if (self.path / name).exists()}
+        return kept | {"config.json": json.dumps(self.settings, ensure_ascii=False, indent=2) + "\n"}
 
 
 def _short(content: dict[str, Any]) -> str:

@@ -10,17 +10,19 @@ averages gradients over the ranks, so each rank's sum is multiplied by the numbe
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from llm_recipes.checkpoints.saving import Saver
 from llm_recipes.data.stream import Batch
-from llm_recipes.errors import UserError
 from llm_recipes.training import optimizer as optim
+from llm_recipes.training.guard import FINE, Guard
 from llm_recipes.training.objective import Models, Objective
 from llm_recipes.training.schedule import BatchSpans, LearningRate
+from llm_recipes.training.watch import Watch
 
 
 @dataclass
@@ -28,10 +30,11 @@ class Progress:
     """Where a run stands: what `state.json` holds."""
 
     step: int = 0
-    """Steps done, also those whose update was skipped."""
+    """Steps done, also those whose update was left out."""
     consumed_tokens: int = 0
     """Positions that went through the model: samples times seq_len."""
-    skipped_updates: int = 0
+    lr_factor: float = 1.0
+    """By which rollbacks have lowered the learning rate."""
 
 
 @dataclass
@@ -45,16 +48,19 @@ class Training:
     spans: BatchSpans
     learning_rate: LearningRate
     loss_scale: optim.LossScale
+    guard: Guard
     clip_norm: float | None
     reduce_every: bool
     seed: int
     seq_len: int
     progress: Progress = field(default_factory=Progress)
+    watch: Watch = field(default_factory=Watch)
+    saver: Saver | None = None
 
 
 @dataclass
 class Step:
-    """What a step did. Tensors are on the device and not yet summed over ranks: reading one waits for the GPU."""
+    """What a step did. Tensors are on the device: reading one waits for the GPU."""
 
     number: int
     """Steps done, this one included."""
@@ -63,11 +69,32 @@ class Step:
     """Of the global batch."""
     sums: dict[str, torch.Tensor]
     """This rank's."""
+    loss: torch.Tensor
+    """Of the global batch."""
     grad_norm: torch.Tensor
-    skipped: torch.Tensor
-    """1.0 where loss or gradient was not finite, and the update was left out."""
-    samples: int
+    positions: Sequence[int]
+    """The samples of the global batch."""
+    asked_to_stop: "Later"
+    """How many ranks were asked to stop when the step began."""
     seconds_for_data: float
+
+
+class Later:
+    """A number on its way from the device. Reading it waits for what was queued before it, and not for what came
+    after."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._ready: Any = None
+        self._tensor = tensor
+        if tensor.is_cuda:
+            self._tensor = torch.empty((), dtype=tensor.dtype, pin_memory=True)
+            self._tensor.copy_(tensor, non_blocking=True)
+            self._ready = torch.cuda.current_stream().record_event()
+
+    def read(self) -> float:
+        if self._ready is not None:
+            self._ready.synchronize()
+        return float(self._tensor)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -84,14 +111,18 @@ def train(run: Training, stop: int) -> Iterator[Step]:
 
     while run.progress.step < stop:
         step = run.progress.step
+        run.watch.beat(f"reading the data of step {step + 1}")
         started = time.perf_counter()
         micro_batches = [to_device(batch, topology.device) for batch in next(run.batches)]
         for_data = time.perf_counter() - started
+        run.watch.beat(f"step {step + 1}")
         seed_step(run.seed, step, topology.data_rank)
 
-        counts = torch.stack([run.objective.count(batch) for batch in micro_batches])
-        targets = topology.sum(counts.sum())
-        _, samples = run.spans.at(step)
+        count = torch.stack([run.objective.count(batch) for batch in micro_batches]).sum()
+        asked = torch.full_like(count, int(run.watch.reason is not None))
+        targets, asked = topology.sum(torch.stack([count, asked])).unbind()
+        asked_to_stop = Later(asked)
+        samples = run.spans.size_of(step)
 
         sums: dict[str, torch.Tensor] = {}
         for number, batch in enumerate(micro_batches):
@@ -111,20 +142,27 @@ def train(run: Training, stop: int) -> Iterator[Step]:
             factor = factor * (run.clip_norm / (norm + 1e-6)).clamp(max=1.0)
         if run.clip_norm is not None or run.loss_scale.active:
             optim.scale_gradients(parameters, factor)
-        # The norm holds every rank's gradient: where it is not finite, all ranks leave the update out together.
-        skipped = (~torch.isfinite(norm)).float()
 
-        rate = run.learning_rate(step)
+        # Both figures are of the whole batch: what is left out on one rank is left out on all.
+        mean_loss = topology.sum(sums["loss"].clone()) / targets.clamp(min=1)
+        positions = run.spans.positions(step)
+        verdict = run.guard.judge(mean_loss, norm)
+        run.guard.add(step + 1, positions, mean_loss, norm, verdict)
+        left_out = (verdict != FINE).float()
+
+        rate = run.learning_rate(step) * run.progress.lr_factor
         optim.set_learning_rate(run.optimizer, rate)
         # Fused AdamW obeys it on the device; to parameters on the CPU the copy has to wait, which its own does not.
-        run.optimizer.found_inf = skipped.to(parameters[0].device)  # type: ignore[attr-defined]
+        run.optimizer.found_inf = left_out.to(parameters[0].device)  # type: ignore[attr-defined]
+        if run.saver is not None:
+            run.saver.wait_for_copy()
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
-        run.loss_scale.update(skipped)
+        run.loss_scale.update((~torch.isfinite(norm)).float())
 
         run.progress.step += 1
         run.progress.consumed_tokens += samples * run.seq_len
-        yield Step(run.progress.step, rate, targets, sums, norm, skipped, samples, for_data)
+        yield Step(run.progress.step, rate, targets, sums, mean_loss, norm, positions, asked_to_stop, for_data)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -132,36 +170,6 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     if device.type == "cpu":
         return batch
     return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-
-
-class Skips:
-    """Counts updates that were left out, on the device, and stops a run that no longer learns.
-
-    Args:
-        patience: so many left out one after another end the run.
-    """
-
-    def __init__(self, device: torch.device, patience: int = 100) -> None:
-        self.patience = patience
-        self.total = torch.zeros((), device=device)
-        self._in_a_row = torch.zeros((), device=device)
-
-    def add(self, skipped: torch.Tensor) -> None:
-        self.total = self.total + skipped
-        self._in_a_row = (self._in_a_row + skipped) * skipped
-
-    def check(self, step: int) -> int:
-        """How many there were; waits for the device.
-
-        Raises:
-            UserError: the last `patience` of them without a pause.
-        """
-        if int(self._in_a_row) >= self.patience:
-            raise UserError(
-                f"step {step}: loss or gradient was not finite in {int(self._in_a_row)} steps one after another, and "
-                "no update was made; go on from an earlier checkpoint with a lower optim.lr, or look at the data"
-            )
-        return int(self.total)
 
 
 def figures(step: Step, run: Training, names: list[str]) -> dict[str, Any]:
@@ -172,14 +180,14 @@ def figures(step: Step, run: Training, names: list[str]) -> dict[str, Any]:
     by_source = zip(names, summed["loss_by_source"].tolist(), summed["targets_by_source"].tolist(), strict=True)
     row: dict[str, Any] = {
         "step": step.number,
-        "loss": float(summed["loss"]) / max(targets, 1),
+        "loss": float(step.loss),
         "loss_by_source": {name: total / count for name, total, count in by_source if count},
         "lr": step.learning_rate,
         "grad_norm": float(step.grad_norm),
         "targets": targets,
     }
     if "router_loss" in summed:
-        row["router_loss"] = float(summed["router_loss"]) / step.samples
+        row["router_loss"] = float(summed["router_loss"]) / len(step.positions)
     if run.loss_scale.active:
         row["loss_scale"] = float(run.loss_scale.value)
     return row

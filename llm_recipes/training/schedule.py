@@ -5,9 +5,8 @@ A step is counted from 0: the first update uses `learning_rate(0)`, and the last
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import overload
 
 from llm_recipes.config import BatchWarmupConfig, OptimConfig, ScheduleConfig
 
@@ -55,57 +54,75 @@ def learning_rate(optim: OptimConfig, schedule: ScheduleConfig, steps: int) -> L
     return LearningRate(schedule.name, optim.lr, minimum, schedule.warmup_steps, min(decay, after_warmup), steps)
 
 
-class BatchSpans(Sequence[tuple[int, int]]):
-    """(first position, size) of each step's global batch, in closed form.
+class BatchSpans:
+    """Which samples stand in each step's global batch, in closed form.
 
     With a warmup from `start` to `size` over `steps` steps there are size / start - 1 equal stages, each
-    `start` sequences larger than the one before it.
+    `start` sequences larger than the one before it. Skipped spans of samples are passed over.
     """
 
-    def __init__(self, size: int, warmup: BatchWarmupConfig, total: int) -> None:
+    def __init__(self, size: int, warmup: BatchWarmupConfig) -> None:
         self.size = size
-        self.total = total
-        self.offset = 0
-        """Added to every position: a run whose batch size was changed goes on where its data had come to."""
+        self.skipped: list[tuple[int, int]] = []
+        """Spans of positions (first, last + 1) that no step takes, in order."""
+        self._offset = 0
         self._start = warmup.start if warmup.start is not None else size
         stages = size // self._start - 1
         self._stage_ends = [warmup.steps * (i + 1) // stages for i in range(stages)]
 
-    def _first(self, step: int) -> int:
-        position, begin = 0, 0
+    def _before(self, step: int) -> int:
+        """Samples in the batches before a step, by the schedule alone."""
+        samples, begin = 0, 0
         for stage, end in enumerate(self._stage_ends):
-            position += (min(step, end) - begin) * self._start * (stage + 1)
+            samples += (min(step, end) - begin) * self._start * (stage + 1)
             if step <= end:
-                return position
+                return samples
             begin = end
-        return position + (step - begin) * self.size
+        return samples + (step - begin) * self.size
 
-    def at(self, step: int) -> tuple[int, int]:
-        """First position and size of a step's global batch; also past the last step."""
-        first = self._first(step)
-        return first + self.offset, self._first(step + 1) - first
-
-    def go_on(self, step: int, position: int) -> None:
-        """Let the batch of `step` start at `position`."""
-        self.offset = position - self._first(step)
-
-    @overload
-    def __getitem__(self, step: int) -> tuple[int, int]: ...
-    @overload
-    def __getitem__(self, step: slice) -> Sequence[tuple[int, int]]: ...
-    def __getitem__(self, step: int | slice) -> tuple[int, int] | Sequence[tuple[int, int]]:
-        if isinstance(step, slice):
-            return [self.at(each) for each in range(*step.indices(self.total))]
-        if not 0 <= step < self.total:
-            raise IndexError(step)
-        return self.at(step)
-
-    def __len__(self) -> int:
-        return self.total
+    def size_of(self, step: int) -> int:
+        """Of a step's global batch; also past the last step."""
+        return self._before(step + 1) - self._before(step)
 
     def sizes(self) -> list[int]:
         """Every size that some step has."""
         return [self._start * (stage + 1) for stage in range(len(self._stage_ends))] + [self.size]
+
+    def position(self, step: int) -> int:
+        """The first sample of a step's global batch: where the data of a run stands when the step is next."""
+        return self._passed_over(self._before(step) + self._offset)
+
+    def positions(self, step: int) -> Sequence[int]:
+        """The samples of a step's global batch."""
+        first, size = self._before(step) + self._offset, self.size_of(step)
+        start, last = self._passed_over(first), self._passed_over(first + size - 1)
+        if last - start == size - 1:
+            return range(start, last + 1)
+        return [self._passed_over(first + number) for number in range(size)]
+
+    def _passed_over(self, number: int) -> int:
+        """The position of the sample with this number among those that are not skipped."""
+        for start, stop in self.skipped:
+            if number < start:
+                break
+            number += stop - start
+        return number
+
+    def go_on(self, step: int, position: int) -> None:
+        """Let the batch of `step` start at `position`: a run goes on where its data had come to, also with another
+        batch size."""
+        passed = sum(min(stop, position) - start for start, stop in self.skipped if start < position)
+        self._offset = position - passed - self._before(step)
+
+    def skip(self, spans: Iterable[tuple[int, int]]) -> None:
+        """Pass over spans of positions from now on; `go_on` says afterwards where the next step begins."""
+        merged: list[tuple[int, int]] = []
+        for start, stop in sorted([*self.skipped, *((start, stop) for start, stop in spans)]):
+            if merged and start <= merged[-1][1]:
+                merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
+            else:
+                merged.append((start, stop))
+        self.skipped = merged
 
     def from_step(self, step: int, stop: int) -> "Steps":
         """The batches of steps `step` .. `stop - 1`."""
@@ -114,11 +131,11 @@ class BatchSpans(Sequence[tuple[int, int]]):
 
 @dataclass(frozen=True)
 class Steps:
-    """A run of steps, computed as they are asked for."""
+    """The positions of some steps, computed as they are asked for."""
 
     spans: BatchSpans
     start: int
     stop: int
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return (self.spans.at(step) for step in range(self.start, self.stop))
+    def __iter__(self) -> Iterator[Sequence[int]]:
+        return (self.spans.positions(step) for step in range(self.start, self.stop))

@@ -18,14 +18,15 @@ SAVES = 5
 
 def saving(folder: str, root: str, marks: str) -> None:
     """Save checkpoint after checkpoint, each with weights that are its step, until killed."""
-    from llm_recipes.checkpoints import state
-    from llm_recipes.config import ModelConfig, OptimConfig, ParallelConfig
+    from llm_recipes.checkpoints.saving import Saver
+    from llm_recipes.config import CheckpointConfig, ModelConfig, OptimConfig, ParallelConfig
     from llm_recipes.models import causal, topology
     from llm_recipes.training import optimizer
 
     parallel = ParallelConfig(precision="fp32")
     place = topology.start(parallel)
     lm = causal.build(ModelConfig(path=folder), parallel, place, folder, True, seed=0)
+    saver = Saver(Path(root), Path(folder), CheckpointConfig(keep=2), place)
     adam = optimizer.adamw(lm.model, OptimConfig(lr=1e-3))
     for parameter in lm.model.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -37,10 +38,12 @@ def saving(folder: str, root: str, marks: str) -> None:
         with torch.no_grad():
             for parameter in lm.model.parameters():
                 parameter.fill_(float(step))
-        content = {"step": step, "position": step}
-        state.save(Path(root), step, lm.model, adam, content, Path(folder), {}, place)
-        if place.is_first:
-            manifest.retain(Path(root), 2, None)
+        saver.start(step, lm.model, adam, {"step": step, "position": step}, {})
+        saver.wait_for_copy()
+        with torch.no_grad():
+            for parameter in lm.model.parameters():
+                parameter.fill_(-1.0)  # training has gone on while the files were written
+        saver.finish()
 
 
 def opened(folder: str, root: str) -> tuple[str | None, bool]:

@@ -46,7 +46,7 @@ def ours(folder: str, micro_batch_size: int) -> dict[str, Any]:
     proofs.head_equals_logits(lm, every)
     # A world of three takes windows 0, 1 and 2: the last one is left to nobody.
     size = 4 if 4 % place.ranks == 0 else place.ranks
-    mine = rank_positions(0, size, micro_batch_size, place.rank, place.ranks)
+    mine = rank_positions(range(size), micro_batch_size, place.rank, place.ranks)
     batches = [{key: value[rows] for key, value in every.items()} for rows in mine]
     objective = NextToken(1)
     targets = place.sum(sum(objective.count(batch) for batch in batches))

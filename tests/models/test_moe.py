@@ -64,7 +64,7 @@ def steps(folder: str, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
         proofs.isolate_documents(lm, True)
         every = windows(case.get("padding", 0))
         proofs.head_equals_logits(lm, every)
-        mine = rank_positions(0, 4, case.get("micro_batch_size", 1), place.rank, place.ranks)
+        mine = rank_positions(range(4), case.get("micro_batch_size", 1), place.rank, place.ranks)
         objective, sums = NextToken(1), {"loss": torch.zeros(()), "added": torch.zeros(())}
         for rows in mine:
             batch = {key: value[rows] for key, value in every.items()}

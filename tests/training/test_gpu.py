@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from llm_recipes.config import BatchWarmupConfig, ModelConfig, OptimConfig, ParallelConfig
+from llm_recipes.config import BatchWarmupConfig, GuardConfig, ModelConfig, OptimConfig, ParallelConfig
 
 pytestmark = [
     pytest.mark.gpu,
@@ -21,6 +21,7 @@ def prepared(folder: Path, steps: int, precision: str = "bf16-mixed") -> Any:
     from llm_recipes.data.stream import stack
     from llm_recipes.models import causal, topology
     from llm_recipes.training import loop, optimizer, proofs, schedule
+    from llm_recipes.training.guard import Guard
     from llm_recipes.training.objective import NextToken
 
     parallel = ParallelConfig(precision=precision)
@@ -35,9 +36,10 @@ def prepared(folder: Path, steps: int, precision: str = "bf16-mixed") -> Any:
         optimizer=optimizer.adamw(lm.model, OptimConfig(lr=1e-3)),
         objective=NextToken(1),
         batches=iter([[pinned, pinned]] * steps),
-        spans=schedule.BatchSpans(4, BatchWarmupConfig(), steps),
+        spans=schedule.BatchSpans(4, BatchWarmupConfig()),
         learning_rate=schedule.LearningRate("constant", 1e-3, 0.0, 0, 0, steps),
         loss_scale=optimizer.LossScale(lm.precision.scales_loss, place.device),
+        guard=Guard(GuardConfig(), place.device, lm.precision.scales_loss),
         clip_norm=1.0,
         reduce_every=True,
         seed=0,
@@ -51,13 +53,12 @@ def test_no_host_sync_between_logged_steps(tiny_models: dict[str, Path], precisi
     from llm_recipes.training import loop
 
     steps = loop.train(prepared(tiny_models["mistral"], 6, precision), 6)
-    skips = loop.Skips(torch.device("cuda", 0))
     for _ in range(3):  # what is made once, in the first steps, may wait
-        skips.add(next(steps).skipped)
+        next(steps)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for step in steps:
-            skips.add(step.skipped)
+            step.asked_to_stop.read()  # waits for the step's own beginning, and for nothing after it
     finally:
         torch.cuda.set_sync_debug_mode("default")
         topology.stop()

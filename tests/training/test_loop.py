@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llm_recipes.config import BatchWarmupConfig, ModelConfig, OptimConfig, ParallelConfig
+from llm_recipes.config import BatchWarmupConfig, GuardConfig, ModelConfig, OptimConfig, ParallelConfig
 
 SEQ = 32
 UNEQUAL = [7, 1, 30, 2]
@@ -31,6 +31,7 @@ def step(folder: str, targets: list[int], settings: dict[str, Any]) -> dict[str,
     """One step of the real loop on this rank's share of the windows; what the optimizer was handed, and what it did."""
     from llm_recipes.models import causal, topology
     from llm_recipes.training import loop, optimizer, proofs, schedule
+    from llm_recipes.training.guard import Guard
     from llm_recipes.training.objective import NextToken
 
     names = ("sharding", "replicas", "precision", "reduce", "cpu_offload")
@@ -61,9 +62,10 @@ def step(folder: str, targets: list[int], settings: dict[str, Any]) -> dict[str,
         optimizer=optim,
         objective=NextToken(1),
         batches=iter([batches]),
-        spans=schedule.BatchSpans(len(every), BatchWarmupConfig(), 1),
+        spans=schedule.BatchSpans(len(every), BatchWarmupConfig()),
         learning_rate=schedule.LearningRate("constant", 1e-3, 0.0, 0, 0, 1),
         loss_scale=optimizer.LossScale(lm.precision.scales_loss, place.device),
+        guard=Guard(GuardConfig(), place.device, lm.precision.scales_loss),
         clip_norm=settings.get("clip"),
         reduce_every=parallel.reduce == "every",
         seed=settings.get("seed", 0),
@@ -80,7 +82,7 @@ def step(folder: str, targets: list[int], settings: dict[str, Any]) -> dict[str,
     return {
         "row": row,
         "gradients": handed,
-        "skipped": float(taken.skipped),
+        "skipped": float(len(training.guard.read())),
         "scale": float(training.loss_scale.value),
         "moved": {name: bool((each.full_tensor() != before[name]).any()) for name, each in lm.model.named_parameters()},
         "states": [
@@ -257,6 +259,7 @@ def follows_cycle(folder: str) -> tuple[list[int], float]:
     from llm_recipes.data.documents import window
     from llm_recipes.data.stream import stack
     from llm_recipes.models import causal, topology
+    from llm_recipes.training.guard import Guard
     from llm_recipes.training.objective import NextToken
 
     parallel = ParallelConfig(precision="fp32")

@@ -63,23 +63,52 @@ def test_no_rate_is_past_the_peak_below_the_minimum_or_not_a_number(
     assert values == sorted(values, reverse=True), "after the warmup it never rises"
 
 
-def spans(size: int, start: int, steps: int, total: int) -> BatchSpans:
-    return BatchSpans(size, BatchWarmupConfig(start=start, steps=steps), total)
+def spans(size: int, start: int, steps: int) -> BatchSpans:
+    return BatchSpans(size, BatchWarmupConfig(start=start, steps=steps))
 
 
 def test_batch_warmup_adds_the_first_size_in_equal_stages() -> None:
-    sizes = [spans(8, 2, 6, 10).at(step)[1] for step in range(10)]
+    sizes = [spans(8, 2, 6).size_of(step) for step in range(10)]
     assert sizes == [2, 2, 4, 4, 6, 6, 8, 8, 8, 8]
-    assert spans(8, 2, 6, 10).sizes() == [2, 4, 6, 8]
-    assert [BatchSpans(8, BatchWarmupConfig(), 3).at(step) for step in range(3)] == [(0, 8), (8, 8), (16, 8)]
+    assert spans(8, 2, 6).sizes() == [2, 4, 6, 8]
+    assert [BatchSpans(8, BatchWarmupConfig()).positions(step) for step in range(2)] == [range(8), range(8, 16)]
 
 
 @given(start=st.integers(1, 5), factor=st.integers(1, 6), extra=st.integers(0, 20), total=st.integers(1, 60))
 def test_batches_lie_end_to_end_whatever_the_warmup(start: int, factor: int, extra: int, total: int) -> None:
-    made = spans(start * factor, start, factor - 1 + extra, total)
+    made = spans(start * factor, start, factor - 1 + extra)
     position = 0
     for step in range(total):
-        first, size = made.at(step)
-        assert first == position and size in made.sizes()
+        size = made.size_of(step)
+        assert made.position(step) == position and size in made.sizes()
+        assert made.positions(step) == range(position, position + size)
         position += size
-    assert list(made.from_step(total // 2, total)) == [made[step] for step in range(total // 2, total)]
+    half = total // 2
+    assert list(made.from_step(half, total)) == [made.positions(step) for step in range(half, total)]
+
+
+Spans = st.lists(st.tuples(st.integers(0, 200), st.integers(1, 30)), max_size=4)
+
+
+@given(size=st.integers(1, 8), first=Spans, second=Spans, at=st.integers(0, 20))
+def test_skipped_spans_are_passed_over_and_nothing_else_is(
+    size: int, first: list[tuple[int, int]], second: list[tuple[int, int]], at: int
+) -> None:
+    """Also when more is skipped in the middle of a run, which then goes on where its data had come to."""
+    made = BatchSpans(size, BatchWarmupConfig())
+    made.skip((start, start + length) for start, length in first)
+    seen = [position for step in range(at) for position in made.positions(step)]
+    position = made.position(at)
+    made.skip((start, start + length) for start, length in second)
+    made.go_on(at, position)
+    seen += [each for step in range(at, at + 40) for each in made.positions(step)]
+    gone = {each for start, length in first for each in range(start, start + length)}
+    later = {each for start, length in second for each in range(start, start + length)}
+    expected = [each for each in range(1000) if each not in gone and (each < position or each not in later)]
+    assert seen == expected[: len(seen)]
+    resumed = BatchSpans(size, BatchWarmupConfig())
+    resumed.skip(made.skipped)
+    resumed.go_on(at + 7, made.position(at + 7))
+    assert [resumed.positions(step) for step in range(at + 7, at + 20)] == [
+        made.positions(step) for step in range(at + 7, at + 20)
+    ]

@@ -1,0 +1,94 @@
+"""Which checkpoints stay: the newest whole, for resuming; some of the older ones for good, as weights alone.
+
+A state in fp32 with Adam's moments is 12 bytes a parameter; what is evaluated later needs two.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm_recipes.checkpoints import manifest, shards
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Retired:
+    """A checkpoint that nobody will resume from."""
+
+    folder: Path
+    keep_weights: bool
+
+
+def plan(root: Path, keep: int | None, keep_every: int | None) -> list[Retired]:
+    """What becomes of the checkpoints older than the newest `keep`: those at multiples of `keep_every` keep their
+    weights, if they have not lost the rest already; the others go."""
+    if keep is None:
+        return []
+    old = manifest.checkpoints(root)[keep:]
+    kept = {each for each in old if keep_every is not None and manifest.step_of(each) % keep_every == 0}
+    return [Retired(each, each in kept) for each in old if each not in kept or not manifest.weights_only(each)]
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint; under its final name a half-deleted one would look damaged."""
+    doomed = folder.with_name(folder.name + manifest.DELETED)
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _beside(folder: Path) -> Path:
+    return folder.with_name(folder.name + manifest.PARTIAL)
+
+
+def begin(folder: Path) -> list[str]:
+    """A copy of a checkpoint without its tensors, beside it; the names of the files of weights."""
+    partial = _beside(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / "model").mkdir(parents=True)
+    names = [name for name in manifest.files_in(folder) if not name.startswith("optimizer/")]
+    weights = [name for name in names if name.endswith(".safetensors")]
+    for name in set(names) - set(weights):
+        shutil.copyfile(folder / name, partial / name)
+    return weights
+
+
+def convert(folder: Path, names: list[str], dtype: str | None) -> dict[str, Any]:
+    """Copy files of weights in another dtype (None: as they are), a tensor at a time in memory.
+
+    Returns:
+        Their entries for the manifest.
+    """
+    done = {}
+    for name in names:
+        target = _beside(folder) / name
+        if dtype is not None:
+            done[name] = shards.rewrite(folder / name, target, DTYPES[dtype])
+            continue
+        try:
+            os.link(folder / name, target)
+        except OSError:  # not every file system has links
+            shutil.copyfile(folder / name, target)
+        done |= manifest.describe(_beside(folder), [name])
+    return done
+
+
+def commit(folder: Path, weights: dict[str, Any]) -> None:
+    """Put the copy in the checkpoint's place. If it is interrupted in between, `manifest.clean` completes it."""
+    partial = _beside(folder)
+    content = json.loads((folder / manifest.MANIFEST).read_text(encoding="utf-8"))
+    others = [name for name in manifest.files_in(partial) if name not in weights]
+    files = weights | manifest.describe(partial, others)
+    manifest.write(partial, content | {"files": dict(sorted(files.items())), "weights_only": True})
+    doomed = folder.with_name(folder.name + manifest.DELETED)
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(folder, doomed)
+    os.rename(partial, folder)
+    manifest.sync(folder.parent)
+    shutil.rmtree(doomed)

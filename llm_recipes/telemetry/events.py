@@ -1,0 +1,72 @@
+"""What happens in a run besides its steps: a row in `metrics.jsonl`, and a word to whoever asked for it."""
+
+import json
+import logging
+import os
+import subprocess
+import threading
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from llm_recipes.telemetry.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+TOLD = ("left_out", "rollback", "save_failed", "stop", "stall", "finish", "error")
+"""Events that `run.on_event` hears of."""
+SECONDS_TO_TELL = 20
+
+
+def tell(on_event: str, event: dict[str, Any]) -> None:
+    """Give an event to a shell command (JSON on its input, its kind in `LLM_RECIPES_EVENT`), or post it to a URL.
+    What goes wrong there is logged and no more."""
+    body = json.dumps(event, ensure_ascii=False)
+    try:
+        if on_event.startswith(("http://", "https://")):
+            request = urllib.request.Request(
+                on_event, body.encode(), {"Content-Type": "application/json"}, method="POST"
+            )
+            with urllib.request.urlopen(request, timeout=SECONDS_TO_TELL):
+                return
+        done = subprocess.run(
+            on_event, shell=True, input=body + "\n", text=True, capture_output=True, timeout=SECONDS_TO_TELL,
+            env=os.environ | {"LLM_RECIPES_EVENT": event["event"]},
+        )  # fmt: skip
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["nothing said"])[-1]
+            log.warning("run.on_event: status %d (%s)", done.returncode, last)
+    except Exception as error:
+        log.warning("run.on_event: %s", error)
+
+
+class Events:
+    """Of one run, on the rank that speaks.
+
+    Args:
+        metrics: where rows go.
+        on_event: whom to tell.
+        run: the run's folder, named in what is told.
+    """
+
+    def __init__(self, metrics: Metrics, on_event: str | None, run: Path, speaks: bool = True) -> None:
+        self._metrics, self._on_event, self._run, self._speaks = metrics, on_event, run, speaks
+        self._telling: list[threading.Thread] = []
+
+    def write(self, kind: str, step: int, **facts: Any) -> None:
+        """An event at a step."""
+        if not self._speaks:
+            return
+        row = {"step": step, "event": kind, "time": time.time(), **facts}
+        self._metrics.write(row)
+        if self._on_event is not None and kind in TOLD:
+            told = {"run": str(self._run), **row}
+            thread = threading.Thread(target=tell, args=(self._on_event, told), daemon=True)
+            thread.start()
+            self._telling = [each for each in self._telling if each.is_alive()] + [thread]
+
+    def close(self) -> None:
+        """Wait until everything is told."""
+        for thread in self._telling:
+            thread.join(SECONDS_TO_TELL)

@@ -1,0 +1,163 @@
+"""A run's folder has one writer: `lock.json` in it names host, job and process, and its heart beats."""
+
+import contextlib
+import json
+import os
+import socket
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llm_recipes.errors import UserError
+
+BEATS_EVERY = 5.0
+"""Seconds."""
+DEAD_AFTER = 30.0
+"""Seconds without a beat of a process on another host."""
+JOB_IDS = ("SLURM_JOB_ID", "PBS_JOBID", "JOB_ID", "LSB_JOBID")
+
+
+def started(pid: int) -> str | None:
+    """When a process of this host began, as the kernel counts; None where there is none, or it only waits to be
+    buried."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]
+
+
+class Lock:
+    """Taken by the first rank before anything is written, until `release`.
+
+    Clocks of two hosts are not compared: another host's writer is alive if its file changes while we look.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "lock.json"
+        self._mine: dict[str, Any] = {
+            "id": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid(), "started": started(os.getpid()),
+            "job": next((os.environ[name] for name in JOB_IDS if name in os.environ), None), "beats": 0,
+        }  # fmt: skip
+        self._made: list[Path] = []
+        self._last = 0.0
+
+    def take(self, wait: Callable[[float], None] = time.sleep) -> None:
+        """Become the folder's writer.
+
+        Raises:
+            UserError: another one is alive.
+            OSError: the folder cannot be written.
+        """
+        missing = [each for each in (self.path.parent, *self.path.parent.parents) if not each.exists()]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._made = missing
+        for _ in range(3):
+            if self._create():
+                return
+            before = self._read()
+            if before is not None and self._is_alive(before, wait):
+                raise UserError(
+                    f"{self.path.parent}: {_who(before)} is writing here; wait for it, end it, or give another run.name"
+                )
+            self._bury(before)
+        raise UserError(f"{self.path}: others want it at the same time; start the run again")
+
+    def _create(self) -> bool:
+        """Put our file there, whole, if none is."""
+        own = self.path.with_name(f"lock.{self._mine['id']}.json")
+        own.write_text(json.dumps(self._mine) + "\n", encoding="utf-8")
+        try:
+            os.link(own, self.path)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without links
+            try:
+                with open(self.path, "x", encoding="utf-8") as file:
+                    file.write(json.dumps(self._mine) + "\n")
+            except FileExistsError:
+                return False
+        finally:
+            own.unlink()
+        self._last = time.monotonic()
+        return True
+
+    def _read(self) -> dict[str, Any] | None:
+        try:
+            found = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) else None
+
+    def _is_alive(self, other: dict[str, Any], wait: Callable[[float], None]) -> bool:
+        if other.get("host") == self._mine["host"]:
+            if other.get("pid") == self._mine["pid"]:
+                return False  # our own, of a run that ended in an error
+            return other.get("started") is not None and started(int(other["pid"])) == other["started"]
+        for _ in range(int(DEAD_AFTER)):
+            wait(1.0)
+            now = self._read()
+            if now is None or now.get("id") != other.get("id") or now.get("beats") != other.get("beats"):
+                return now is not None
+        return False
+
+    def _bury(self, dead: dict[str, Any] | None) -> None:
+        """Take the dead one's file away. If another came first, its file is put back."""
+        aside = self.path.with_name(f"lock.{self._mine['id']}.dead")
+        try:
+            os.rename(self.path, aside)
+        except FileNotFoundError:
+            return
+        try:
+            taken = json.loads(aside.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            taken = None
+        if taken is not None and (dead is None or taken.get("id") != dead.get("id")):
+            with contextlib.suppress(FileExistsError):
+                os.link(aside, self.path)
+        aside.unlink()
+
+    def owner(self) -> str:
+        found = self._read()
+        return _who(found) if found else "nobody's"
+
+    def is_ours(self) -> bool:
+        """False only where the file says so: a file system that does not answer is no reason to give up."""
+        try:
+            found = json.loads(self.path.read_text(encoding="utf-8"))
+            return bool(found["id"] == self._mine["id"])
+        except FileNotFoundError:
+            return False
+        except (OSError, ValueError, KeyError, TypeError):
+            return True
+
+    def beat(self) -> bool:
+        """Show that we are alive, now and then; whether the folder is still ours."""
+        if time.monotonic() - self._last < BEATS_EVERY:
+            return True
+        self._last = time.monotonic()
+        if not self.is_ours():
+            return False
+        self._mine["beats"] += 1
+        beside = self.path.with_name(f"lock.{self._mine['id']}.json")
+        try:
+            beside.write_text(json.dumps(self._mine) + "\n", encoding="utf-8")
+            os.replace(beside, self.path)
+        except OSError:
+            return True  # a full or failing disk: the saves will tell
+        return True
+
+    def release(self) -> None:
+        """Leave the folder to others; where nothing was written, nothing is left."""
+        with contextlib.suppress(OSError):
+            if self.is_ours():
+                self.path.unlink(missing_ok=True)
+            for folder in self._made:
+                folder.rmdir()
+
+
+def _who(found: dict[str, Any]) -> str:
+    job = f", job {found['job']}" if found.get("job") else ""
+    return f"process {found.get('pid')} on {found.get('host')}{job}"
