@@ -47,8 +47,9 @@ def _beside(folder: Path) -> Path:
     return folder.with_name(folder.name + manifest.PARTIAL)
 
 
-def begin(folder: Path) -> list[str]:
-    """A copy of a checkpoint without its tensors, beside it; the names of the files of weights."""
+def begin(folder: Path, dtype: str | None) -> list[str]:
+    """A copy of a checkpoint without its tensors, beside it, that says what their dtype will be; the names of the
+    files of weights."""
     partial = _beside(folder)
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "model").mkdir(parents=True)
@@ -56,6 +57,10 @@ def begin(folder: Path) -> list[str]:
     weights = [name for name in names if name.endswith(".safetensors")]
     for name in set(names) - set(weights):
         shutil.copyfile(folder / name, partial / name)
+    if dtype is not None:
+        config = partial / "model" / "config.json"
+        content = json.loads(config.read_text(encoding="utf-8")) | {"dtype": dtype}
+        config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return weights
 
 

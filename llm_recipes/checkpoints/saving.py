@@ -287,7 +287,7 @@ class Saver:
     def _slim(self, folder: Path) -> str | None:
         """Leave of a checkpoint its weights, in the dtype for evaluation; every rank converts some of the files."""
         topology, dtype = self.topology, self.config.keep_every_dtype
-        found, problem = self._together((lambda: retention.begin(folder)) if topology.is_first else _nothing)
+        found, problem = self._together((lambda: retention.begin(folder, dtype)) if topology.is_first else _nothing)
         if problem is not None:
             return problem
         names = found[0]

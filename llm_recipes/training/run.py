@@ -243,9 +243,7 @@ class _Run:
         if problem is not None:
             raise UserError(f"checkpoint.resume={resume}: damaged, {problem}")
         if manifest.weights_only(given):
-            raise UserError(
-                f"checkpoint.resume={resume}: weights only; begin a run with model.path={given}/model"
-            )
+            raise UserError(f"checkpoint.resume={resume}: weights only; begin a run with model.path={given}/model")
         state.refuse_another_model(given, loading.open_config(self.config.model, str(self.base)))
         return given
 

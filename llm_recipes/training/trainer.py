@@ -180,7 +180,7 @@ class Trainer:
         for each in self.training.guard.read():
             sources = Counter(self.mixture.names[self.mixture.place(at).source] for at in range(*each.positions))
             self.events.write(
-                "left_out", each.step, reason=each.reason, loss=each.loss, grad_norm=each.grad_norm,
+                "left_out", each.step, reason=each.reason, figures={"loss": each.loss, "grad_norm": each.grad_norm},
                 samples=list(each.positions), sources=dict(sources),
             )  # fmt: skip
             log.info(

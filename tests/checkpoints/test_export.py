@@ -22,19 +22,19 @@ def trained(config: Any) -> list[float]:
     from llm_recipes.training import run as room
 
     kept: list[float] = []
-    original = room._Run._save
+    original = room.Trainer._save
 
-    def saving(self: Any, training: Any) -> None:
-        original(self, training)
-        lm = training.models["policy"]
+    def saving(self: Any, wait: bool) -> None:
+        original(self, wait)
+        lm = self.lm
         with lm.evaluating():
             kept[:] = lm.model(input_ids=torch.arange(2, 14)[None]).logits[0, -1].tolist()
 
-    room._Run._save = saving  # type: ignore[method-assign]
+    room.Trainer._save = saving  # type: ignore[method-assign]
     try:
         room.pretrain(config)
     finally:
-        room._Run._save = original  # type: ignore[method-assign]
+        room.Trainer._save = original  # type: ignore[method-assign]
     return kept
 
 

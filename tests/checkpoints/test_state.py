@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from llm_recipes.checkpoints import manifest
+from llm_recipes.checkpoints import manifest, retention
 
 SAVES = 5
 
@@ -139,24 +139,37 @@ def test_what_has_another_name_or_no_manifest_is_no_checkpoint(checkpoint: Path)
     assert sorted(path.name for path in root.iterdir()) == ["latest", "step-00000001", "step-00000004", "step-3"]
 
 
-def test_a_safetensors_file_shorter_than_its_header_says_is_never_committed(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    path = tmp_path / "a.safetensors"
-    save_file({"x": torch.arange(100.0)}, path)
-    assert manifest.complete_safetensors(path)
-    assert manifest.describe(tmp_path, manifest.files_in(tmp_path))["a.safetensors"]["bytes"] == path.stat().st_size
-    whole = path.read_bytes()
-    for length in (4, 20, len(whole) - 1):
-        path.write_bytes(whole[:length])
-        with pytest.raises(OSError, match="shorter than its header"):
-            manifest.describe(tmp_path, manifest.files_in(tmp_path))
+def test_what_was_whole_but_for_its_name_gets_it(checkpoint: Path) -> None:
+    """A kill between the manifest and the rename, or in the middle of an exchange, loses nothing."""
+    root = checkpoint.parent
+    checkpoint.rename(root / "step-00000001.partial")
+    (root / "step-00000001.deleted").mkdir()
+    (root / "step-00000002.partial").mkdir()
+    manifest.clean(root)
+    assert [path.name for path in root.iterdir()] == ["step-00000001"]
+    assert manifest.damage(checkpoint) is None
 
 
-def test_retention_never_removes_what_is_kept_for_good(tmp_path: Path) -> None:
+def test_a_manifest_of_another_run_or_step_is_named(checkpoint: Path) -> None:
+    content = manifest.read(checkpoint) | {"run": "abc", "step": 1}
+    manifest.write(checkpoint, content)
+    assert manifest.damage(checkpoint, run_id="abc") is None and manifest.damage(checkpoint) is None
+    assert manifest.damage(checkpoint, run_id="xyz") == "its manifest is of another run (abc, not xyz)"
+    manifest.write(checkpoint, content | {"step": 2})
+    assert manifest.damage(checkpoint) == "its manifest is of step 2"
+    manifest.write(checkpoint, content | {"files": {"../../secret": {"bytes": 1, "xxh3_128": ""}}})
+    assert manifest.damage(checkpoint) == "its manifest names ../../secret, which is not in it"
+
+
+def test_retention_keeps_the_newest_and_the_weights_of_every_nth(tmp_path: Path) -> None:
     for step in range(1, 11):
         (tmp_path / manifest.folder_name(step)).mkdir()
-    manifest.retain(tmp_path, None, None)
-    assert len(manifest.checkpoints(tmp_path)) == 10
-    manifest.retain(tmp_path, 2, 4)
+    assert retention.plan(tmp_path, None, None) == []
+    plan = {manifest.step_of(each.folder): each.keep_weights for each in retention.plan(tmp_path, 2, 4)}
+    assert plan == {8: True, 4: True} | dict.fromkeys((1, 2, 3, 5, 6, 7), False)
+    manifest.write(tmp_path / manifest.folder_name(4), {"files": {}, "weights_only": True})
+    assert 4 not in {manifest.step_of(each.folder) for each in retention.plan(tmp_path, 2, 4)}, "it is done"
+    for each in retention.plan(tmp_path, 2, 4):
+        if not each.keep_weights:
+            retention.remove(each.folder)
     assert [manifest.step_of(path) for path in manifest.checkpoints(tmp_path)] == [10, 9, 8, 4]

@@ -192,19 +192,6 @@ def test_an_overflow_halves_the_loss_scale_and_changes_nothing_else(ranks: Any, 
         assert found["scale"] == 2.0**15 and not any(found["moved"].values())
 
 
-def test_only_updates_left_out_without_a_pause_end_a_run() -> None:
-    from llm_recipes.errors import UserError
-    from llm_recipes.training.loop import Skips
-
-    skips = Skips(torch.device("cpu"), patience=3)
-    for each in (1.0, 1.0, 0.0, 1.0, 1.0):
-        skips.add(torch.tensor(each))
-    assert skips.check(5) == 4
-    skips.add(torch.tensor(1.0))
-    with pytest.raises(UserError, match="not finite in 3 steps"):
-        skips.check(6)
-
-
 def seeds(folder: str, seed: int) -> list[int]:
     """What the loop seeds its dropout with, in two steps of its own."""
     from llm_recipes.training import loop
@@ -259,7 +246,6 @@ def follows_cycle(folder: str) -> tuple[list[int], float]:
     from llm_recipes.data.documents import window
     from llm_recipes.data.stream import stack
     from llm_recipes.models import causal, topology
-    from llm_recipes.training.guard import Guard
     from llm_recipes.training.objective import NextToken
 
     parallel = ParallelConfig(precision="fp32")

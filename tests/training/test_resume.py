@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 
+from llm_recipes.checkpoints import manifest
 from llm_recipes.telemetry import metrics
 
 Workplace = Callable[[str], Path]
@@ -30,7 +31,7 @@ def run(config: Any) -> str | None:
 
 def watched(config: Any, steps: int) -> list[dict[str, Any]]:
     """A run whose batches are written down: per step, the positions and the tokens that this rank trained on."""
-    from llm_recipes.training import run as room
+    from llm_recipes.training import trainer as room
 
     seen: list[dict[str, Any]] = []
     original = room.train
@@ -168,7 +169,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     for checkpoint in (last(folder, 4), last(folder)):
         (checkpoint / "manifest.json").write_text("{")
     refused = ranks(2, run, tiny.pretrain_config(folder, model))
-    assert all(each is not None and "none of its 2 checkpoints is whole" in each for each in refused)
+    assert all(each is not None and "none of its 2 checkpoints can be resumed from" in each for each in refused)
 
 
 def test_a_run_that_lost_its_checkpoints_does_not_start_anew(
@@ -190,14 +191,45 @@ def test_what_a_crash_left_half_written_is_no_checkpoint(ranks: Any, tiny_models
     assert not list((folder / "run" / "checkpoints").glob("*.partial"))
 
 
-def test_retention_keeps_the_newest_and_the_multiples(ranks: Any, tiny_models: Any, workplace: Workplace) -> None:
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_retention_keeps_the_newest_and_the_weights_of_the_multiples(
+    ranks: Any, tiny_models: Any, workplace: Workplace, dtype: str | None
+) -> None:
     folder = workplace("run")
     config = tiny.pretrain_config(
-        folder, tiny_models["mistral"], checkpoint__every=1, checkpoint__keep=2, checkpoint__keep_every=3
-    )
-    ranks(1, run, config)
+        folder, tiny_models["tied"], checkpoint__every=1, checkpoint__keep=2, checkpoint__keep_every=3,
+        checkpoint__keep_every_dtype=dtype, checkpoint__async_save=False,
+    )  # fmt: skip
+    ranks(2, run, config)
     kept = sorted(path.name for path in (folder / "run" / "checkpoints").iterdir())
     assert kept == [f"step-{step:08d}" for step in (3, 6, 7, 8)]
+    # One for good has its weights, in the dtype asked for, and says what it is; all are whole.
+    assert all(manifest.damage(last(folder, step)) is None for step in (3, 6, 7, 8))
+    assert [manifest.weights_only(last(folder, step)) for step in (3, 6, 7, 8)] == [True, True, False, False]
+    assert not (last(folder, 3) / "optimizer").exists()
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(last(folder, 6) / "model", dtype="auto")
+    assert model.dtype == (torch.bfloat16 if dtype else torch.float32)
+    whole = workplace("whole")
+    ranks(2, run, tiny.pretrain_config(whole, tiny_models["tied"], train__stop_at=6))
+    expected = AutoModelForCausalLM.from_pretrained(last(whole, 6) / "model", dtype=model.dtype).state_dict()
+    found = model.state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], each) for name, each in expected.items())
+
+
+def test_weights_kept_for_evaluation_are_nothing_to_resume_from(
+    ranks: Any, tiny_models: Any, workplace: Workplace
+) -> None:
+    folder, model = workplace("run"), tiny_models["mistral"]
+    options = {"checkpoint__every": 2, "checkpoint__keep": 1, "checkpoint__keep_every": 2}
+    ranks(1, run, tiny.pretrain_config(folder, model, checkpoint__async_save=False, train__stop_at=6, **options))
+    shutil.rmtree(last(folder, 6))
+    [refused] = ranks(1, run, tiny.pretrain_config(folder, model))
+    assert refused is not None and "none of its 2 checkpoints can be resumed from (2 hold weights only" in refused
+    other = tiny.pretrain_config(folder, model, run__name="other", checkpoint__resume=str(last(folder, 4)))
+    [refused] = ranks(1, run, other)
+    assert refused is not None and "weights only; begin a run with model.path=" in refused
 
 
 def test_a_given_checkpoint_starts_a_run_in_a_new_folder(ranks: Any, tiny_models: Any, workplace: Workplace) -> None:
@@ -221,7 +253,7 @@ def test_nothing_in_a_checkpoint_is_code(ranks: Any, tiny_models: Any, workplace
     folder = workplace("run")
     ranks(2, run, tiny.pretrain_config(folder, tiny_models["mistral"]))
     endings = {path.suffix for path in last(folder).rglob("*") if path.is_file()}
-    assert endings <= {".safetensors", ".json", ".yaml", ".jinja"}
+    assert {".safetensors", ".json"} <= endings <= {".safetensors", ".json", ".jinja", ".model", ".txt"}
 
 
 def test_a_checkpoint_s_model_folder_begins_another_run(ranks: Any, tiny_models: Any, workplace: Workplace) -> None:

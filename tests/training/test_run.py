@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+import yaml
 
 from llm_recipes.telemetry import metrics
 
@@ -85,7 +86,8 @@ def test_a_run_s_folder_holds_what_says_how_it_came_about(ranks: Any, tiny_model
     folder = workplace("run")
     ranks(1, run, tiny.pretrain_config(folder, tiny_models["mistral"], model__overrides={"rope_theta": 5e5}))
     checkpoint = folder / "run" / "checkpoints" / "step-00000008"
-    assert (folder / "run" / "config.yaml").read_text() == (checkpoint / "config.yaml").read_text()
+    settings = yaml.safe_load((folder / "run" / "config.yaml").read_text())
+    assert json.loads((checkpoint / "config.json").read_text()) == settings
     environment = json.loads((checkpoint / "environment.json").read_text())
     assert environment["packages"]["torch"] == torch.__version__ and "git_commit" in environment
     plan = {row["name"]: row for row in json.loads((checkpoint / "plan.json").read_text())}
@@ -238,38 +240,62 @@ def test_a_run_folder_in_place_of_a_file_is_one_line(ranks: Any, tiny_models: An
     assert len(set(found)) == 1 and found[0] is not None and "the run's folder cannot be written" in found[0]
 
 
-def full_disk(config: Any) -> str | None:
-    """A run whose last file of a checkpoint does not fit on the disk any more, on rank 1."""
+def full_disk(config: Any, rank: str, *steps: int) -> str | None:
+    """A run in which the disk is full for one rank at some steps."""
     import errno
+    import os
 
-    from llm_recipes.checkpoints import state
+    from llm_recipes.checkpoints import shards
 
-    original = state._write
+    original = shards.write_pieces
 
-    def failing(tensors: Any, folder: Path) -> None:
-        original(tensors, folder)
-        import os
+    def failing(path: Path, pieces: Any) -> Any:
+        done = original(path, pieces)
+        at = [f"step-{step:08d}.partial" for step in steps]
+        if os.environ["RANK"] == rank and path.parent.name == "optimizer" and path.parent.parent.name in at:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return done
 
-        if os.environ["RANK"] == "1" and folder.name == "optimizer" and "step-00000008" in str(folder):
-            raise OSError(errno.ENOSPC, "No space left on device", str(folder))
-
-    state._write = failing
+    shards.write_pieces = failing
     try:
         return run(config)
     finally:
-        state._write = original
+        shards.write_pieces = original
 
 
-def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
+def kept(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "run" / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_last_save_that_fails_is_one_line_and_the_checkpoint_before_stays(
+    ranks: Any, tiny_models: Any, workplace: Workplace, rank: str
+) -> None:
+    folder = workplace("run")
+    found = ranks(2, full_disk, tiny.pretrain_config(folder, tiny_models["mistral"]), rank, 8)
+    assert all(each is not None and "No space left on device" in each and "of step 4" in each for each in found)
+    assert kept(folder) == ["step-00000004"]
+    assert ranks(2, run, tiny.pretrain_config(folder, tiny_models["mistral"])) == [None, None]
+
+
+def test_a_save_that_fails_is_said_and_tried_again_at_the_next_interval(
     ranks: Any, tiny_models: Any, workplace: Workplace
 ) -> None:
     folder = workplace("run")
-    found = ranks(2, full_disk, tiny.pretrain_config(folder, tiny_models["mistral"]))
-    assert all(
-        each is not None and "No space left on device" in each and "goes on from the last" in each for each in found
-    )
-    assert [path.name for path in (folder / "run" / "checkpoints").iterdir()] == ["step-00000004"]
-    assert ranks(2, run, tiny.pretrain_config(folder, tiny_models["mistral"])) == [None, None]
+    config = tiny.pretrain_config(folder, tiny_models["mistral"], checkpoint__every=2, checkpoint__async_save=False)
+    assert ranks(2, full_disk, config, "1", 4, 6) == [None, None]
+    assert kept(folder) == ["step-00000002", "step-00000008"]
+    failed = [row for row in rows(folder, "event") if row["event"] == "save_failed"]
+    assert [row["step"] for row in failed] == [4, 6] and "No space left" in failed[0]["reason"]
+
+
+def test_a_run_stops_once_too_many_steps_would_be_lost(ranks: Any, tiny_models: Any, workplace: Workplace) -> None:
+    folder = workplace("run")
+    config = tiny.pretrain_config(folder, tiny_models["mistral"], checkpoint__every=2, checkpoint__max_unsaved_steps=4,
+                                  checkpoint__async_save=False)  # fmt: skip
+    found = ranks(2, full_disk, config, "0", 4, 6, 8)
+    assert all(each is not None and "step 6 cannot be saved" in each and "is of step 2" in each for each in found)
+    assert kept(folder) == ["step-00000002"]
 
 
 def test_a_foreign_token_past_the_vocabulary_stops_the_run_with_its_place(
@@ -296,33 +322,6 @@ def test_epochs_are_passes_over_all_sources(ranks: Any, tiny_models: Any, workpl
         for count, seed in ((60, 2), (40, 3))
     )
     assert rows(folder, "loss")[-1]["step"] == math.ceil(round(windows * 0.25) / 4)
-
-
-def exploding(config: Any, patience: int) -> str | None:
-    """A run whose every loss is NaN."""
-    from llm_recipes.training import loop, objective
-
-    start, loss = loop.Skips.__init__, objective.NextToken.loss
-
-    def impatient(self: Any, device: Any) -> None:
-        start(self, device, patience)
-
-    def poisoned(self: Any, models: Any, batch: Any) -> Any:
-        total, per_window, sums = loss(self, models, batch)
-        return total * math.nan, per_window, sums
-
-    loop.Skips.__init__, objective.NextToken.loss = impatient, poisoned  # type: ignore[method-assign, assignment]
-    try:
-        return run(config)
-    finally:
-        loop.Skips.__init__, objective.NextToken.loss = start, loss  # type: ignore[method-assign]
-
-
-def test_a_run_that_only_skips_updates_says_so_and_ends(ranks: Any, tiny_models: Any, workplace: Workplace) -> None:
-    folder = workplace("run")
-    config = tiny.pretrain_config(folder, tiny_models["mistral"], logging__every=2)
-    for found in ranks(2, exploding, config, 5):
-        assert found is not None and "not finite in 6 steps" in found, "however often is logged"
 
 
 def test_a_model_whose_weights_are_not_finite_is_refused(ranks: Any, tiny_models: Any, workplace: Workplace) -> None:
@@ -368,10 +367,10 @@ def test_wandb_offline_writes_beside_the_run_under_a_stable_id(
     changes = {"logging__wandb": {"mode": "offline"}, "run__dir": str(folder / "project" / "group")}
     config = tiny.pretrain_config(folder, tiny_models["mistral"], train__stop_at=2, **changes)
     assert ranks(1, run, config, {"WANDB_SILENT": "true"}) == [None]
-    name = (folder / "project" / "group" / "run" / "wandb_id").read_text()
+    name = (folder / "project" / "group" / "run" / "run_id").read_text().strip()
     again = tiny.pretrain_config(folder, tiny_models["mistral"], train__stop_at=4, **changes)
     assert ranks(1, run, again, {"WANDB_SILENT": "true"}) == [None]
-    assert (folder / "project" / "group" / "run" / "wandb_id").read_text() == name
+    assert (folder / "project" / "group" / "run" / "run_id").read_text().strip() == name
     assert len(list((folder / "project" / "group" / "run").glob(f"wandb/offline-run-*-{name}"))) == 2
 
 
