@@ -80,6 +80,8 @@ def read_overrides(verb: str, arguments: list[str]) -> tuple[list[str], list[str
     """
     # In Hydra a new entry needs a `+`, and cannot be made key by key.
     result, emptied = [], []
+    switches = {f"--{name}": f"{name}=true" for name, kind in get_type_hints(SCHEMAS[verb]).items() if kind is bool}
+    arguments = [switches.get(each, each) for each in arguments]
     for before, argument in pairwise(["", *arguments]):
         key, equals, value = argument.lstrip("+~").partition("=")
         groups = [key] if "@" in key or key.startswith(("hydra.", "hydra/", "-")) else _groups(key)
@@ -154,7 +156,7 @@ def empty_keys(composed: DictConfig) -> set[str]:
 
 def fail(error: UserError) -> None:
     """Print a user's mistake from rank 0, or from the rank it happened on, and exit."""
-    from llm_recipes.models.topology import launched_rank
+    from llm_recipes.models.topology import forbid_restart, launched_rank
 
     rank = launched_rank()
     if rank in (None, 0) or not error.everywhere:
@@ -165,6 +167,7 @@ def fail(error: UserError) -> None:
         time.sleep(SECONDS_FOR_RANK_0)
         print(f"error: rank {rank}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)  # it had not met it
     sys.stdout.flush()
+    forbid_restart()
     # A peer may wait in a collective that this rank will never join: leave without its teardown.
     os._exit(EXIT_STATUS) if rank is not None and "torch" in sys.modules else sys.exit(EXIT_STATUS)
 

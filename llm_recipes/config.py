@@ -269,10 +269,23 @@ class ExportConfig:
     max_shard_size: str = "5GB"
 
 
+@dataclass
+class ReportConfig:
+    run: str = REQUIRED
+    """A run's folder."""
+    step: int | None = None
+    """Of one step, all that is written down."""
+    samples: bool = False
+    """With `step`: the text of its samples."""
+    limit: int = 8
+    """Samples to show at most."""
+
+
 SCHEMAS: dict[str, type] = {
     "pretrain": PretrainConfig,
     "tokenize": TokenizeConfig,
     "export": ExportConfig,
+    "report": ReportConfig,
 }
 
 

@@ -6,8 +6,10 @@ torch is imported where it is used: `launched_rank` must answer before anything 
 
 import os
 import re
+import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_recipes.config import ParallelConfig
@@ -49,6 +51,22 @@ def launched_rank() -> int | None:
     """This process's rank, or None where no launcher started it."""
     found = launch()
     return found.rank if found.launcher else None
+
+
+def forbid_restart() -> None:
+    """Keep torchrun from starting everything again (`--max-restarts`) after a mistake that stays one: end it.
+
+    It knows no status of its own for that; a worker's exit is retried whatever it is.
+    """
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) == 0:
+        return
+    launcher = os.getppid()
+    try:
+        command = Path(f"/proc/{launcher}/cmdline").read_bytes()
+    except OSError:
+        return
+    if b"torchrun" in command or b"torch.distributed" in command or b"torch/distributed" in command:
+        os.kill(launcher, signal.SIGTERM)
 
 
 def first_host(node_list: str) -> str:

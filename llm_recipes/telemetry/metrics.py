@@ -65,17 +65,23 @@ class Metrics:
         self._torn, self._waiting = False, []
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The rows that hold, in the order of their steps: training rows, validation rows and events apart.
-
-    A line that a crash cut off is left out.
-    """
-    rows: dict[tuple[int, str, int], dict[str, Any]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n")):
+def lines(path: Path) -> list[dict[str, Any]]:
+    """All rows as they were written. A line that a crash cut off is left out."""
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             row = json.loads(line)
         except ValueError:
             continue
+        if isinstance(row, dict) and "step" in row:
+            found.append(row)
+    return found
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows that hold, in the order of their steps: training rows, validation rows and events apart."""
+    rows: dict[tuple[int, str, int], dict[str, Any]] = {}
+    for number, row in enumerate(lines(path)):
         kind = "event" if "event" in row else "validation" if "validation" in row else "step"
         rows[(row["step"], kind, number if kind == "event" else 0)] = row
     return [rows[key] for key in sorted(rows)]

@@ -85,6 +85,8 @@ class Guardian(Watch):
             self._before = {each: signal.signal(each, lambda *_: None) for each in SIGNALS}
             signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False)
         self._last = time.monotonic()
+        if self.topology.is_first:
+            self._look_around()
         self._thread.start()
         return self
 

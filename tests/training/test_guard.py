@@ -127,8 +127,9 @@ def cycles(folder: Path) -> Path:
 
 
 OPTIONS: dict[str, Any] = {
-    "train__steps": 60, "train__micro_batch_size": 2, "checkpoint__every": 10, "guard__window": 16, "guard__patience": 3, "optim__lr": 1e-2,
-    "schedule__name": "constant", "data__validation": {}, "checkpoint__async_save": False, "checkpoint__keep": 4,
+    "train__steps": 60, "train__micro_batch_size": 2, "checkpoint__every": 10, "checkpoint__keep": 4,
+    "checkpoint__async_save": False, "guard__window": 16, "guard__patience": 3, "optim__lr": 1e-2,
+    "schedule__name": "constant", "data__validation": {},
 }  # fmt: skip
 
 
