@@ -1,0 +1,104 @@
+"""Saved on any number of processes, and under any sharding, a run's state is read on any other bit for bit."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from llm_recipes.checkpoints import manifest
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "1": (1, {}),
+    "2": (2, {}),
+    "3": (3, {}),
+    "4": (4, {}),
+    "2, not sharded": (2, {"sharding": "no_shard"}),
+    "4, two copies of two shards": (4, {"sharding": "hybrid_shard", "replicas": 2}),
+}
+FAMILIES = ["mistral", "tied", "mixtral", "some without a gradient"]
+
+
+@pytest.fixture(scope="module")
+def models(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The fourth has attention to an encoder that is not there: its weights get no gradient."""
+    odd = tiny.save_model(tmp_path_factory.mktemp("odd") / "trocr", "trocr")
+    return {name: tiny_models.get(name, odd) for name in FAMILIES}
+
+
+def built(folder: str, layout: str, weights: bool) -> Any:
+    from llm_recipes.config import ModelConfig, OptimConfig, ParallelConfig
+    from llm_recipes.models import causal, topology
+    from llm_recipes.training import optimizer
+
+    parallel = ParallelConfig(precision="fp32", **LAYOUTS[layout][1])
+    place = topology.start(parallel)
+    lm = causal.build(ModelConfig(path=folder), parallel, place, folder, False, seed=0, weights=weights)
+    return place, lm.model, optimizer.adamw(lm.model, OptimConfig(lr=1e-2))
+
+
+def saver(root: str, folder: str, place: Any) -> Any:
+    from llm_recipes.checkpoints.saving import Saver
+    from llm_recipes.config import CheckpointConfig
+
+    return Saver(Path(root), Path(folder), CheckpointConfig(keep=None), place)
+
+
+def save(folder: str, root: str, layout: str) -> None:
+    """Two steps of Adam, whose moments are then full numbers, and a checkpoint."""
+    place, model, adam = built(folder, layout, weights=True)
+    for step in range(2):
+        ids = torch.arange(step, step + 24)[None] % 250
+        model(input_ids=ids, labels=ids).loss.backward()
+        adam.step()
+        adam.zero_grad()
+    own = saver(root, folder, place)
+    own.start(2, model, adam, {"step": 2}, {})
+    assert own.finish().problem is None
+
+
+def load_and_save(folder: str, roots: list[tuple[str, str]], layout: str) -> None:
+    """Read each checkpoint and write what was read."""
+    from llm_recipes.checkpoints import state
+
+    place, model, adam = built(folder, layout, weights=False)
+    for source, target in roots:
+        for parameter in model.parameters():
+            parameter.data.fill_(-7.0)
+        state.restore(Path(source) / "step-00000002", model, adam)
+        own = saver(target, folder, place)
+        own.start(2, model, adam, {"step": 2}, {})
+        assert own.finish().problem is None
+
+
+def contents(root: Path) -> tuple[dict[str, Any], list[str]]:
+    """Every tensor by name, as a digest of its bytes; and the parameters without optimizer state."""
+    folder = root / "step-00000002"
+    tensors = tiny.state_of(folder)
+    digests = {
+        name: (str(each.dtype), tuple(each.shape), hashlib.sha256(each.numpy().tobytes()).hexdigest())
+        for name, each in tensors.items()
+    }
+    return digests, manifest.read(folder)["without_optimizer_state"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_checkpoint_of_any_layout_is_read_on_any_other_bit_for_bit(
+    ranks: Any, models: dict[str, Path], tmp_path: Path, family: str
+) -> None:
+    folder = str(models[family])
+    for layout, (number, _) in LAYOUTS.items():
+        (tmp_path / layout).mkdir()
+        ranks(number, save, folder, str(tmp_path / layout), layout)
+    expected = {layout: contents(tmp_path / layout) for layout in LAYOUTS}
+    if family == "some without a gradient":
+        assert all(absent for _, absent in expected.values())
+    for layout, (number, _) in LAYOUTS.items():
+        roots = [(str(tmp_path / source), str(tmp_path / f"{source} on {layout}")) for source in LAYOUTS]
+        for _, target in roots:
+            Path(target).mkdir()
+        ranks(number, load_and_save, folder, roots, layout)
+        for source in LAYOUTS:
+            assert contents(tmp_path / f"{source} on {layout}") == expected[source], (source, layout)
