@@ -6,6 +6,7 @@ Importing this module, and `--help`, import no torch.
 import dataclasses
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -23,8 +24,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from llm_recipes.config import SCHEMAS, check
-from llm_recipes.errors import EXIT_STATUS, UserError, did_you_mean
+from llm_recipes.checks import check
+from llm_recipes.config import SCHEMAS
+from llm_recipes.errors import EXIT_STATUS, UserError, as_user_error, did_you_mean
 
 PACKAGE = Path(__file__).parent
 SECONDS_FOR_RANK_0 = 20
@@ -44,6 +46,12 @@ SYNONYMS = {
     "gradient_checkpointing": "activation_checkpointing", "attn_implementation": "attention",
 }  # fmt: skip
 """What others call some of our keys."""
+FLAGS = (
+    "--help", "--hydra-help", "--version", "--cfg", "--resolve", "--package", "--run", "--multirun", "--info",
+    "--shell-completion", "--config-path", "--config-name", "--config-dir", "--experimental-rerun",
+    "-h", "-c", "-p", "-r", "-m", "-sc", "-cp", "-cn", "-cd", "-i",
+)  # fmt: skip
+"""Hydra's. Everything else is given as KEY=VALUE."""
 
 
 def find_key(verb: str, key: str) -> tuple[str | None, int]:
@@ -87,13 +95,17 @@ def read_overrides(verb: str, arguments: list[str]) -> tuple[list[str], list[str
         groups = [key] if "@" in key or key.startswith(("hydra.", "hydra/", "-")) else _groups(key)
         if not (equals or argument.startswith(("-", "~")) or before.startswith("-")):
             raise UserError(f"{argument}: expected KEY=VALUE")
+        if argument.startswith("-") and argument.partition("=")[0] not in FLAGS:
+            raise UserError(f"{argument}: no such flag; keys are given as KEY=VALUE, without dashes (see --help)")
         if argument.startswith("-") or groups or not (equals or argument.startswith("~")):
             result.append(argument)
             continue
         try:
             sweeps = OverridesParser.create().parse_override(argument).is_sweep_override()
         except HydraException:
-            quoted = f"'{key}=\"{value}\"'"
+            if not re.fullmatch(r"[\w.@:/$-]+", key, re.ASCII):
+                raise UserError(f"{argument}: such a key can only stand in a file of conf/exp") from None
+            quoted = shlex.quote(f'{key}="{value}"')
             raise UserError(f"{argument}: the value cannot be read; if it is a text, quote it: {quoted}") from None
         problem, free = find_key(verb, key)
         if problem is not None:
@@ -133,6 +145,11 @@ def explain(error: BaseException, verb: str) -> str:
     text = str(error)
     key = getattr(cause, "full_key", None)
     if key and "[" not in key and isinstance(cause, ConfigKeyError | ConfigAttributeError):
+        if _groups(key.partition(".")[0]):
+            return f"{key}: an experiment's first line must be '# @package _global_'"
+        kind = cause.object_type
+        if "." not in key and dataclasses.is_dataclass(kind) and kind is not SCHEMAS[verb]:  # an entry of a list
+            return f"unknown key '{key}', {did_you_mean(key, get_type_hints(kind))}"
         problem, _ = find_key(verb, key)
         if problem is not None:
             return problem
@@ -150,8 +167,16 @@ def explain(error: BaseException, verb: str) -> str:
 
 def empty_keys(composed: DictConfig) -> set[str]:
     """Paths and names that were given as nothing (`model.path=`)."""
-    named = ("model.path", "run.name", "tokenizer", "input", "output", "checkpoint")
+    named = ("model.path", "run.name", "run.dir", "tokenizer", "input", "output", "checkpoint")
     return {key for key in named if OmegaConf.select(composed, key, throw_on_missing=False) == ""}
+
+
+def _is_text(path: Path) -> bool:
+    try:
+        path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def fail(error: UserError) -> None:
@@ -189,8 +214,13 @@ def run_verb(verb: str, function: Callable[[Any], None]) -> None:
             config = OmegaConf.to_object(composed)
             check(verb, config)
             function(config)
-        except UserError as error:
-            fail(error)  # here already: Hydra would print a line of its own on the way
+        except OmegaConfBaseException as error:
+            fail(UserError(explain(error, verb)))  # here already: Hydra would print a line of its own on the way
+        except Exception as error:
+            mistake = as_user_error(error)
+            if mistake is None:
+                raise
+            fail(mistake)
 
     main = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=verb)(task)
     try:
@@ -209,6 +239,11 @@ def run_verb(verb: str, function: Callable[[Any], None]) -> None:
             f"{error.problem_mark.name}:{error.problem_mark.line + 1}" if error.problem_mark else "the configuration"
         )
         fail(UserError(f"{place}: not YAML, {error.problem}"))
+    except UnicodeDecodeError as error:
+        broken = next((path for path in OWN_CONF.rglob("*.yaml") if path.is_file() and not _is_text(path)), None)
+        if broken is None:
+            raise
+        fail(UserError(f"{broken}: not UTF-8 ({error.reason} at byte {error.start + 1})"))
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)

@@ -91,7 +91,8 @@ def pretrain_config(folder: Path, model: Path, **changes: Any) -> Any:
     of `conf/` with two underscores for each dot (`optim__lr=1e-3`)."""
     from omegaconf import OmegaConf
 
-    from llm_recipes.config import PretrainConfig, check
+    from llm_recipes.checks import check
+    from llm_recipes.config import PretrainConfig
 
     settings = {
         "model": {"path": str(model)},

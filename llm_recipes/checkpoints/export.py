@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from torch.distributed.checkpoint import CheckpointException
 
 from llm_recipes.checkpoints import manifest
 from llm_recipes.checkpoints.state import copy_model_files
 from llm_recipes.config import ExportConfig
-from llm_recipes.errors import UserError
+from llm_recipes.data.token_file import make_folder, remove_folders
+from llm_recipes.errors import UserError, first_line
 from llm_recipes.models import loading
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -34,16 +36,26 @@ def export(config: ExportConfig) -> Path:
     problem = manifest.damage(checkpoint)
     if problem is not None:
         raise UserError(f"checkpoint={checkpoint}: damaged, {problem}; use the one before it")
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output={output}: a file; name a new folder")
     if output.exists() and any(output.iterdir()):
         raise UserError(f"output={output}: exists and is not empty; name a new folder")
+    if output.resolve().is_relative_to(checkpoint.resolve()):
+        raise UserError(f"output={output}: inside the checkpoint; name a folder elsewhere")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint / "model", dtype=DTYPES[config.dtype])
+        card = model_card(checkpoint, config.dtype)
+    except (Exception, CheckpointException) as error:  # a broken file is met by whatever line reads it
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        raise UserError(f"checkpoint={checkpoint}: cannot be opened ({first_line(cause)})") from error
+    made: list[Path] = []
     beside = output.with_name(output.name + manifest.PARTIAL)
     try:
         shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        model = AutoModelForCausalLM.from_pretrained(checkpoint / "model", dtype=DTYPES[config.dtype])
+        made = make_folder(beside)
         model.save_pretrained(beside, max_shard_size=config.max_shard_size)
         copy_model_files(checkpoint / "model", beside)
-        (beside / "README.md").write_text(model_card(checkpoint, config.dtype), encoding="utf-8")
+        (beside / "README.md").write_text(card, encoding="utf-8")
         for path in beside.iterdir():  # safetensors writes for the owner alone
             path.chmod(0o666 & ~umask())
         if output.exists():
@@ -51,6 +63,7 @@ def export(config: ExportConfig) -> Path:
         os.replace(beside, output)
     except BaseException as error:
         shutil.rmtree(beside, ignore_errors=True)
+        remove_folders(made)
         if isinstance(error, OSError):
             raise UserError(f"output={output}: cannot be written ({error})") from error
         raise

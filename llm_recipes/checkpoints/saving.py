@@ -12,7 +12,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -181,7 +181,7 @@ class Saver:
                 buffer = self._buffer(each.names[0], each)
                 if buffer is not None:
                     buffer.copy_(each.local, non_blocking=True)
-                    pieces[at] = shards.Piece(each.names, buffer, each.offsets, each.mine)
+                    pieces[at] = replace(each, local=buffer)
 
     def _work(self, save: _Save) -> None:
         started = time.monotonic()

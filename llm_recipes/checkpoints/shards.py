@@ -47,19 +47,21 @@ class Piece:
         names: of the tensor; a tied one has several, and is written under each.
         local: the box's values.
         offsets: where the box begins in the whole tensor, one number per dimension.
+        shape: of the whole tensor.
         mine: whether this rank writes it; of copies that several ranks hold, one is written.
     """
 
     names: tuple[str, ...]
     local: torch.Tensor
     offsets: tuple[int, ...]
+    shape: tuple[int, ...]
     mine: bool
 
 
 def piece(names: Sequence[str], tensor: torch.Tensor, is_first: bool) -> Piece:
     """The box of a (sharded) tensor that lies on this rank. What is not sharded is written by the first rank."""
     if not isinstance(tensor, DTensor):
-        return Piece(tuple(names), tensor.detach(), (0,) * tensor.ndim, is_first)
+        return Piece(tuple(names), tensor.detach(), (0,) * tensor.ndim, tuple(tensor.shape), is_first)
     local: torch.Tensor = tensor.to_local().detach()
     offsets = [0] * tensor.ndim
     coordinate = tensor.device_mesh.get_coordinate()
@@ -73,7 +75,7 @@ def piece(names: Sequence[str], tensor: torch.Tensor, is_first: bool) -> Piece:
             offsets[place.dim] = min(at * each, tensor.shape[place.dim])
         else:
             raise RuntimeError(f"{names[0]}: {place} is no placement that can be saved")
-    return Piece(tuple(names), local, tuple(offsets), mine and local.numel() > 0)
+    return Piece(tuple(names), local, tuple(offsets), tuple(tensor.shape), mine and local.numel() > 0)
 
 
 def raw(tensor: torch.Tensor) -> memoryview:
@@ -317,6 +319,8 @@ def read_pieces(folder: Path, pieces: Mapping[str, Piece]) -> None:
     there = Folder(folder)
     for name, each in pieces.items():
         if name not in there:
-            raise Damaged(f"{folder}: {name} is missing")
+            raise Damaged(f"{folder}: of another model, {name} is not in it")
+        if there.shape(name) != each.shape:
+            raise Damaged(f"{folder}: of another model ({name} is {there.shape(name)}, here {each.shape})")
         if each.local.numel():
             there.read_into(name, each.local, each.offsets)

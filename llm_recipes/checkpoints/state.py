@@ -69,8 +69,15 @@ def _by_name(pieces: list[shards.Piece]) -> dict[str, shards.Piece]:
 
 
 def read_model(model: nn.Module, folder: Path) -> None:
-    """Read a checkpoint's `model/` into a sharded model, in place; each rank reads what its shards need."""
-    shards.read_pieces(folder, _by_name(model_pieces(model, is_first=True)))
+    """Read a checkpoint's `model/` into a sharded model, in place; each rank reads what its shards need.
+
+    Raises:
+        UserError: the weights are damaged, or another model's.
+    """
+    try:
+        shards.read_pieces(folder, _by_name(model_pieces(model, is_first=True)))
+    except shards.Damaged as error:
+        raise UserError(f"{error}; see model.path and model.overrides") from error
 
 
 def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -89,7 +96,10 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
         optimizer.state[parameter] = {moment: torch.zeros_like(local) for moment in MOMENTS}
         optimizer.state[parameter]["step"] = torch.zeros((), dtype=torch.float32, device=local.device)
     pieces, _ = optimizer_pieces(model, optimizer, is_first=True)
-    shards.read_pieces(folder / "optimizer", _by_name(pieces))
+    try:
+        shards.read_pieces(folder / "optimizer", _by_name(pieces))
+    except shards.Damaged as error:
+        raise UserError(f"{error}; see model.path and model.overrides") from error
     return dict(json.loads((folder / "state.json").read_text(encoding="utf-8")))
 
 

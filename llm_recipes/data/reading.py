@@ -251,7 +251,8 @@ def _open_dataset(name: str, config: TokenizeConfig) -> Any:
             dataset = datasets.load_dataset(name, config.config, split=config.split)
     except Exception as error:  # the library raises whatever its file systems and builders raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{name}: no such file, and no dataset opens by this name ({reason})") from error
+        what = "no dataset opens from it" if Path(name).exists() else "no such file, and no dataset opens by this name"
+        raise UserError(f"{name}: {what} ({reason})") from error
     if isinstance(dataset, datasets.DatasetDict):
         if config.split not in dataset:
             raise UserError(f"{name}: no split '{config.split}', {did_you_mean(config.split, map(str, dataset))}")
@@ -275,7 +276,10 @@ def open_inputs(config: TokenizeConfig) -> list[Input]:
         if real in seen:
             raise UserError(f"input: {name} is named twice")
         seen.add(real)
-    return [_open(name, config) for name in names]
+    inputs = [_open(name, config) for name in names]
+    if config.config is not None and not any(isinstance(each, SavedRows) for each in inputs):
+        raise UserError(f"config={config.config}: only a dataset has one, and {names[0]} is a file; leave it out")
+    return inputs
 
 
 def _expand(entry: str, config: TokenizeConfig) -> list[str]:

@@ -57,6 +57,8 @@ def prefixes(path: Any, where: str) -> list[Path]:
         text = str(entry)
         for ending in ENDINGS[:2]:
             text = text.removesuffix(ending)
+        if not text:
+            raise UserError(f"{where}: names no token file")
         if glob.has_magic(text):
             matches = sorted(Path(match).with_suffix("") for match in glob.glob(f"{text}.idx", recursive=True))
             if not matches:
@@ -117,6 +119,8 @@ def megatron_sources(data_path: Any) -> dict[str, SourceConfig]:
     Raises:
         UserError: the list is neither.
     """
+    if not isinstance(data_path, str | list):
+        raise UserError(f"data.data_path={data_path}: expected a list of token files, with or without weights")
     words = data_path.split() if isinstance(data_path, str) else [str(word) for word in data_path]
 
     def number(word: str) -> float | None:

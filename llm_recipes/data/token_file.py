@@ -18,7 +18,8 @@ import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from types import UnionType
+from typing import Any, BinaryIO, get_origin, get_type_hints
 
 import numpy as np
 import xxhash
@@ -79,6 +80,24 @@ def checksum(path: str | Path) -> str:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def make_folder(folder: Path) -> list[Path]:
+    """Make a folder and those above it; which of them were not there before, for `remove_folders`."""
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        remove_folders(made)
+        raise
+    return made
+
+
+def remove_folders(made: Iterable[Path]) -> None:
+    """Remove folders, innermost first, as far as they are there and empty."""
+    for each in made:
+        with contextlib.suppress(OSError):
+            each.rmdir()
 
 
 def _map(path: Path, at_random: bool = False) -> mmap.mmap | bytes:
@@ -166,6 +185,10 @@ class TokenFile:
             raw = json.loads(path.read_text(encoding="utf-8"))
             known = {item.name for item in dataclasses.fields(Sidecar)}
             sidecar = Sidecar(**{key: value for key, value in raw.items() if key in known})
+            for name, kind in get_type_hints(Sidecar).items():
+                plain = kind if isinstance(kind, UnionType) else get_origin(kind) or kind
+                if not isinstance(getattr(sidecar, name), plain):
+                    raise TypeError(f"{name} is {getattr(sidecar, name)!r}")
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: not a sidecar of ours ({error}); remove it to read the tokens alone") from error
         if sidecar.documents != self.documents:
@@ -273,9 +296,15 @@ class TokenFileWriter:
         self.tokens = 0
         self.bytes = 0
         self.largest_token_id = 0
-        self.prefix.parent.mkdir(parents=True, exist_ok=True)
         self._checksums = {ending: xxhash.xxh3_128() for ending in ("bin", "idx", "bytes")}
-        self._files = {ending: self._open(ending) for ending in ("bin", "bytes", "lengths")}
+        self._files: dict[str, BinaryIO] = {}
+        self._folders = make_folder(self.prefix.parent)
+        try:
+            for ending in ("bin", "bytes", "lengths"):
+                self._files[ending] = self._open(ending)
+        except OSError:
+            self.abort()
+            raise
 
     def _partial(self, ending: str) -> Path:
         return Path(f"{self.prefix}.{ending}.partial")
@@ -358,4 +387,6 @@ class TokenFileWriter:
             with contextlib.suppress(OSError):  # on a full disk, what is still buffered fails once more
                 file.close()
         for ending in ("bin", "bytes", "lengths", "idx", "json"):
-            self._partial(ending).unlink(missing_ok=True)
+            if self._partial(ending).is_file():
+                self._partial(ending).unlink()
+        remove_folders(self._folders)

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llm_recipes.errors import UserError
+from llm_recipes.errors import UserError, first_line
 
 
 def open_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
@@ -18,8 +18,8 @@ def open_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # a broken file is met by whatever line of transformers reads it
+        reason = first_line(error)
         raise UserError(f"{path}: no tokenizer opens here ({reason}); name a model folder or a hub name") from error
     if not tokenizer.is_fast:
         raise UserError(f"{path}: its tokenizer has no tokenizer.json form, which is needed")

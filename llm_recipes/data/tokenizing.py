@@ -137,6 +137,8 @@ def _refuse_output(config: TokenizeConfig) -> None:
     for ending in (".bin", ".idx", ".jsonl"):
         if prefix.endswith(ending):
             raise UserError(f"output={prefix}: the token file's name without an ending, so {prefix[: -len(ending)]}")
+    if prefix.endswith("/") or Path(prefix).is_dir():
+        raise UserError(f"output={prefix}: a folder; name the token file in it, for example {prefix.rstrip('/')}/ja")
     # A kill while the files were getting their names leaves some, but never the index.
     interrupted = not Path(f"{prefix}.idx").exists() and Path(f"{prefix}.idx.partial").exists()
     if config.overwrite or interrupted:

@@ -4,12 +4,15 @@ import logging
 import math
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+
+from llm_recipes.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -88,11 +91,15 @@ def _fill_shared(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None
                 module._parameters[key] = new
 
 
-def refuse_uninitialised(model: nn.Module) -> None:
+def refuse_uninitialised(model: nn.Module, folder: Path | None = None) -> None:
     """No parameter or buffer may be left on the meta device, or hold what memory held before.
+
+    Args:
+        folder: where the weights were read from.
 
     Raises:
         RuntimeError: names it. (A bug of ours or of transformers, not of the user's.)
+        UserError: weights that were read are not finite.
     """
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta:
@@ -102,6 +109,10 @@ def refuse_uninitialised(model: nn.Module) -> None:
             continue
         # A buffer may be a bound, and infinite.
         wrong = torch.isfinite(local).logical_not() if isinstance(tensor, nn.Parameter) else torch.isnan(local)
+        if bool(wrong.any()) and folder is not None:
+            raise UserError(
+                f"{folder}: {name} holds a value that is not finite; bring the model again, and see model.overrides"
+            )
         if bool(wrong.any()):
             raise RuntimeError(f"{name} was left uninitialised, or holds a value that is not finite")
     log.info("weights: every parameter and buffer has its value")

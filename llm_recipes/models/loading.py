@@ -34,7 +34,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from llm_recipes.config import ModelConfig
-from llm_recipes.errors import UserError, did_you_mean
+from llm_recipes.errors import UserError, did_you_mean, first_line
 
 log = logging.getLogger(__name__)
 
@@ -56,13 +56,25 @@ def open_config(config: ModelConfig, folder: str) -> Any:
     """
     try:
         own = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:  # a broken file is met by whatever line of transformers reads it
+        reason = first_line(error)
         hint = "; set model.trust_remote_code=true if you trust it" if "trust_remote_code" in str(error) else ""
         raise UserError(f"model.path={config.path}: no model configuration opens here ({reason}){hint}") from error
     for key, value in config.overrides.items():
         override(own, key, value)
     return own
+
+
+def vocabulary_size(own: Any) -> int:
+    """Rows of the embedding, as a model's configuration says.
+
+    Raises:
+        UserError: it says none: a model of images, perhaps.
+    """
+    size = getattr(own.get_text_config(), "vocab_size", None)
+    if not isinstance(size, int):
+        raise UserError(f"model.path: no language model ({own.model_type} has no vocabulary)")
+    return size
 
 
 def override(own: Any, key: str, value: Any) -> None:
@@ -72,6 +84,8 @@ def override(own: Any, key: str, value: Any) -> None:
     Raises:
         UserError: the model has no such key.
     """
+    if key == "model_type":
+        raise UserError("model.overrides.model_type: the weights are of one kind of model; give another model.path")
     target, names = own, key.split(".")
     for name in names[:-1]:
         target = target[name] if isinstance(target, dict) else getattr(target, name, None)
@@ -109,8 +123,11 @@ def empty_model(
     try:
         with torch.device(device), safely:
             return AutoModelForCausalLM.from_config(own, dtype=dtype, trust_remote_code=trust_remote_code, **options)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"model: {' '.join(str(error).split())[:300]}") from error
+    except Exception as error:  # a value that makes no sense is met by whatever line of the model reads it
+        raise UserError(
+            f"model: {own.model_type} cannot be built from its configuration ({first_line(error)}); see config.json, "
+            "model.overrides and model.attention"
+        ) from error
 
 
 def weight_files(folder: str) -> list[str]:
@@ -124,9 +141,9 @@ def weight_files(folder: str) -> list[str]:
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index}: not an index of weights ({error}); bring the model again") from error
-    elif (root / "model.safetensors").exists():
+    elif (root / "model.safetensors").is_file():
         names = ["model.safetensors"]
     else:
         names = sorted(path.name for path in root.glob("shard-*-model-*-of-*.safetensors"))
@@ -134,7 +151,7 @@ def weight_files(folder: str) -> list[str]:
         other = sorted(path.name for path in [*root.glob("*.bin"), *root.glob("*.gguf")])
         hint = f" (found {other[0]}: save it as safetensors with transformers first)" if other else ""
         raise UserError(f"{folder}: a model folder without weights, no safetensors in it{hint}")
-    missing = [name for name in names if not (root / name).exists()]
+    missing = [name for name in names if not (root / name).is_file()]
     if missing:
         raise UserError(f"{folder}: {missing[0]} is named in its index and is not there; bring the model again")
     return [str(root / name) for name in names]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_recipes.config import ParallelConfig
-from llm_recipes.errors import UserError
+from llm_recipes.errors import UserError, as_user_error, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -39,17 +39,27 @@ class Launch:
 
 
 def launch(environment: Mapping[str, str] = os.environ) -> Launch:
-    """Who this process is, from the first launcher whose three variables are all there."""
+    """Who this process is, from the first launcher whose three variables are all there.
+
+    Raises:
+        UserError: they hold no rank of a world.
+    """
     for launcher, names in LAUNCHERS.items():
         if all(name in environment for name in names):
-            rank, ranks, local = (int(environment[name]) for name in names)
-            return Launch(launcher, rank, ranks, local)
+            said = [environment[name] for name in names]
+            if not all(word.isdecimal() for word in said) or not int(said[0]) < int(said[1]):
+                shown = ", ".join(f"{name}={word}" for name, word in zip(names, said, strict=True))
+                raise UserError(f"{shown}: not what {launcher} sets; unset them, or start with {launcher}")
+            return Launch(launcher, int(said[0]), int(said[1]), int(said[2]))
     return Launch(None, 0, 1, 0)
 
 
 def launched_rank() -> int | None:
-    """This process's rank, or None where no launcher started it."""
-    found = launch()
+    """This process's rank, or None where no launcher started it, or none that says who this is."""
+    try:
+        found = launch()
+    except UserError:
+        return None
     return found.rank if found.launcher else None
 
 
@@ -144,14 +154,17 @@ class Topology:
 
     def on_first(self, work: Callable[[], Any]) -> Any:
         """Do something on the first rank; its result, or what went wrong, is everybody's."""
+        return self.from_first(self.together(work if self.is_first else lambda: None))
+
+    def together(self, work: Callable[[], Any]) -> Any:
+        """Do something on every rank; what goes wrong on one is raised on all, for the others would wait for it."""
         result, error = None, None
-        if self.is_first:
-            try:
-                result = work()
-            except Exception as problem:  # the others wait: `agree` raises it on all
-                error = problem
+        try:
+            result = work()
+        except Exception as problem:
+            error = problem
         self.agree(error)
-        return self.from_first(result)
+        return result
 
     def barrier(self) -> None:
         import torch.distributed as dist
@@ -164,7 +177,8 @@ class Topology:
         Raises:
             UserError: the first rank's mistake.
         """
-        mine = (isinstance(error, UserError), str(error)) if error is not None else None
+        mistake = as_user_error(error) if error is not None else None
+        mine = (mistake is not None, str(mistake or error)) if error is not None else None
         for rank, theirs in enumerate(self.gather(mine)):
             if theirs is None:
                 continue
@@ -211,7 +225,11 @@ def start(config: ParallelConfig) -> Topology:
             options["store"] = dist.HashStore()
         else:
             _set_address(me)
-        dist.init_process_group(**options)
+        try:
+            dist.init_process_group(**options)
+        except dist.DistError as error:
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise UserError(f"the {me.ranks} processes did not meet at {where} ({first_line(error)})", False) from error
 
     shape, names = mesh_shape(config, me.ranks, hosts=max(1, me.ranks // _local_size(me)))
     return Topology(
@@ -258,6 +276,8 @@ def _set_address(me: Launch) -> None:
     if "MASTER_PORT" not in os.environ:
         job = int(re.sub(r"\D", "", os.environ.get("SLURM_JOB_ID", "0")) or 0)
         os.environ["MASTER_PORT"] = str(PORT + job % 1000)
+    elif not os.environ["MASTER_PORT"].isdecimal():
+        raise UserError(f"MASTER_PORT={os.environ['MASTER_PORT']}: must be a port's number")
 
 
 def stop() -> None:

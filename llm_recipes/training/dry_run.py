@@ -1,25 +1,26 @@
 """One step at full size, a save, a load, a comparison, and what it took: `dry_run=true`."""
 
 import logging
-import shutil
-import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
 from llm_recipes.checkpoints import manifest, shards, state
 from llm_recipes.checkpoints.saving import Saver
-from llm_recipes.config import PretrainConfig
+from llm_recipes.config import CheckpointConfig
 from llm_recipes.errors import UserError
+from llm_recipes.training.folder import RunFolder
 from llm_recipes.training.loop import Training, figures, train
 
 log = logging.getLogger(__name__)
 
 
-def dry_run(training: Training, config: PretrainConfig, base: Path, names: list[str]) -> None:
+def dry_run(training: Training, config: CheckpointConfig, folder: RunFolder, base: Path, names: list[str]) -> None:
     """Take the next step, save, load, compare; nothing is kept.
 
     Args:
+        folder: the run's; what is written stands beside it for a moment.
         base: the model folder whose tokenizer goes with a checkpoint.
         names: of the sources.
 
@@ -33,20 +34,14 @@ def dry_run(training: Training, config: PretrainConfig, base: Path, names: list[
     row = figures(step, training, names)
     peaks = place.gather(peak_memory(place.device))
     log.info("dry run: step at full size, loss %.4f, gradient norm %.4f", row["loss"], row["grad_norm"])
-    parent = Path(config.run.dir)
-    missing = [each for each in (parent, *parent.parents) if not each.exists()]
-
-    def make() -> str:
-        parent.mkdir(parents=True, exist_ok=True)
-        return tempfile.mkdtemp(prefix="dry-run-", dir=parent)
-
-    root = Path(place.on_first(make))
+    trial = ExitStack()
+    root = place.on_first(lambda: trial.enter_context(folder.trial()))
     try:
-        saver = Saver(root, base, config.checkpoint, place)
+        saver = Saver(root, base, config, place)
         saver.start(1, policy.model, training.optimizer, {"step": 1}, {})
         outcome = saver.finish()
         if outcome is None or outcome.problem is not None:
-            raise UserError(f"{parent}: a checkpoint cannot be saved ({outcome and outcome.problem}); see run.dir")
+            raise UserError(f"{root}: a checkpoint cannot be saved ({outcome and outcome.problem}); see run.dir")
         saved = root / manifest.folder_name(1)
         before = {each.names[0]: each.local.clone() for each in _everything(training)}
         for each in _everything(training):
@@ -60,10 +55,7 @@ def dry_run(training: Training, config: PretrainConfig, base: Path, names: list[
         log.info("dry run: saved, loaded and compared, %.2f GB on disk", size / 1e9)
     finally:
         place.barrier()
-        if place.is_first:
-            shutil.rmtree(root, ignore_errors=True)
-            for folder in missing:
-                folder.rmdir()
+        trial.close()
     log.info("dry run: peak memory of a process %.2f GB; nothing was kept", max(peaks) / 1e9)
 
 

@@ -5,8 +5,12 @@ import json
 import logging
 import os
 import platform
+import shutil
 import subprocess
+import tempfile
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ from omegaconf import OmegaConf
 
 from llm_recipes.checkpoints import manifest
 from llm_recipes.config import PretrainConfig
+from llm_recipes.data.token_file import make_folder, remove_folders
 from llm_recipes.errors import UserError
 from llm_recipes.telemetry import metrics
 
@@ -89,12 +94,8 @@ class RunFolder:
         self.yaml = OmegaConf.to_yaml(OmegaConf.structured(config))
         self.settings: dict[str, Any] = OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[assignment]
 
-    def refuse_unwritable(self) -> None:
-        """Before anything is written.
-
-        Raises:
-            UserError: the folder cannot be.
-        """
+    def refuse_place(self) -> None:
+        """Raise `UserError` where no folder can be made."""
         there = next(path for path in (self.path, *self.path.parents) if path.exists())
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
             raise UserError(f"{self.path}: the run's folder cannot be written ({there}); see run.dir and run.name")
@@ -125,7 +126,7 @@ class RunFolder:
             UserError: it cannot be written.
         """
         try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            make_folder(self.checkpoints)
             manifest.clean(self.checkpoints)
             for name, content in (kept | {"environment": environment()}).items():
                 self._write(f"{name}.json", json.dumps(content, ensure_ascii=False, indent=2) + "\n")
@@ -134,12 +135,42 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"{self.path}: the run's folder cannot be written ({error}); see run.dir") from error
 
+    @contextmanager
+    def trial(self) -> Iterator[Path]:
+        """A folder beside the run's own that goes again, and all that was made for it.
+
+        Raises:
+            UserError: it cannot be made.
+        """
+        try:
+            made = make_folder(self.path.parent)
+            root = Path(tempfile.mkdtemp(prefix="dry-run-", dir=self.path.parent))
+        except OSError as error:
+            raise UserError(f"{self.path.parent}: cannot be written ({error}); see run.dir") from error
+        try:
+            yield root
+        finally:
+            shutil.rmtree(root, ignore_errors=True)
+            remove_folders(made)
+
+    def _kept(self, name: str, kind: type) -> Any:
+        """What the run has kept as JSON; None where nothing is kept."""
+        path = self.path / name
+        if not path.exists():
+            return None
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            content = None
+        if not isinstance(content, kind):
+            raise UserError(f"{path}: damaged; bring it back, or give another run.name")
+        return content
+
     def _refuse_other_corpora(self, contents: dict[str, Any]) -> None:
         """The same path may hold another corpus by now, and every position another sample."""
-        path = self.path / "sources.json"
-        if not path.exists() or self.config.run.allow_changes:
+        if self.config.run.allow_changes:
             return
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = self._kept("sources.json", dict) or {}
         for name, now in contents.items():
             if name in before and before[name] != now:
                 raise UserError(
@@ -187,12 +218,8 @@ class RunFolder:
 
     def stage_starts(self, wanted: list[int]) -> list[int]:
         """The curriculum's stages as sample positions: settled when the run first starts, and kept with it."""
-        path = self.path / "stages.json"
-        if path.exists():
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            if len(kept) == len(wanted):
-                return [int(start) for start in kept]
-        return wanted
+        kept = self._kept("stages.json", list)
+        return kept if kept is not None and len(kept) == len(wanted) else wanted
 
     def files_for_checkpoint(self) -> dict[str, str]:
         """What each checkpoint takes along of its run: JSON, like all that is in it."""
@@ -201,5 +228,7 @@ class RunFolder:
         return kept | {"config.json": json.dumps(self.settings, ensure_ascii=False, indent=2) + "\n"}
 
 
-def _short(content: dict[str, Any]) -> str:
+def _short(content: Any) -> str:
+    if not isinstance(content, dict) or not {"documents", "tokens", "files"} <= content.keys():
+        return "another"
     return f"{content['documents']:,} documents and {content['tokens']:,} tokens in {len(content['files'])} files"

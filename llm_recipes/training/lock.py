@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from llm_recipes.data.token_file import make_folder, remove_folders
 from llm_recipes.errors import UserError
 
 BEATS_EVERY = 5.0
@@ -51,9 +52,7 @@ class Lock:
             UserError: another one is alive.
             OSError: the folder cannot be written.
         """
-        missing = [each for each in (self.path.parent, *self.path.parent.parents) if not each.exists()]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._made = missing
+        self._made = make_folder(self.path.parent)
         for _ in range(3):
             if self._create():
                 return
@@ -154,8 +153,7 @@ class Lock:
         with contextlib.suppress(OSError):
             if self.is_ours():
                 self.path.unlink(missing_ok=True)
-            for folder in self._made:
-                folder.rmdir()
+            remove_folders(self._made)
 
 
 def _who(found: dict[str, Any]) -> str:

@@ -29,8 +29,6 @@ def report(config: ReportConfig) -> None:
         raise UserError(f"run={folder}: no run there (a folder with metrics.jsonl)")
     rows = metrics.lines(path)
     if config.step is None:
-        if config.samples:
-            raise UserError("--samples: of which step? (step=N)")
         _course(folder, rows)
         return
     found = [row for row in metrics.read(path) if row["step"] == config.step]

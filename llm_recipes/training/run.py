@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from llm_recipes import checks
 from llm_recipes.checkpoints import manifest, state
 from llm_recipes.config import PretrainConfig
 from llm_recipes.data import sources as corpora
@@ -54,11 +55,11 @@ def open_data(config: PretrainConfig, folder: str, ranks: int) -> Data:
     Raises:
         UserError: what does not fit, and where.
     """
-    tokenizer = tokenizers.open_tokenizer(folder, config.model.trust_remote_code)
     own = loading.open_config(config.model, folder)
+    tokenizer = tokenizers.open_tokenizer(folder, config.model.trust_remote_code)
     facts = corpora.TokenizerFacts(
         fingerprint=tokenizers.fingerprint(tokenizer),
-        vocab_size=int(own.get_text_config().vocab_size),
+        vocab_size=loading.vocabulary_size(own),
         eod=tokenizer.eos_token_id,
         bos=tokenizers.bos_of(tokenizer, config.data.bos),
         bos_policy=config.data.bos,
@@ -76,15 +77,15 @@ def open_data(config: PretrainConfig, folder: str, ranks: int) -> Data:
     if config.train.steps is not None:
         steps = config.train.steps
     else:
-        assert config.train.epochs is not None  # config.check saw to it
+        assert config.train.epochs is not None  # checks.check saw to it
         wanted = round(config.train.epochs * windows)
-        steps = (
-            next(n for n in range(1, wanted + 2) if spans.position(n) >= wanted)
-            if warmup.start is not None
-            else -(-wanted // size)
-        )
+        steps = -(-wanted // size)
+        if warmup.start is not None and steps <= checks.LARGEST:
+            more = range(max(steps, 1), wanted + 2)
+            steps = next(n for n in more if spans.position(n) >= wanted)
     if steps < 1:
         raise UserError(f"train.epochs={config.train.epochs}: less than one step of the {windows} samples there are")
+    checks.check_horizon(config, steps, f"train.epochs={config.train.epochs}" if config.train.epochs else "train.steps")
     for each in spans.sizes():
         if each % (ranks * config.train.micro_batch_size):
             raise UserError(
@@ -96,7 +97,7 @@ def open_data(config: PretrainConfig, folder: str, ranks: int) -> Data:
         validation=open_validation(config.data.validation, config.data, facts),
         spans=spans,
         steps=steps,
-        stop=min(config.train.stop_at or steps, steps),
+        stop=config.train.stop_at or steps,
     )
 
 
@@ -177,14 +178,15 @@ class _Run:
             account = account or rollback.load(kept["rollbacks"])
             resume(training, kept, account)
             log.info("resumed from %s: step %d, next sample %d", found, kept["step"], kept["position"])
-        initial.refuse_uninitialised(lm.model)
+        read_from = found or (self.base if config.model.init == "pretrained" else None)
+        place.together(lambda: initial.refuse_uninitialised(lm.model, read_from))
         samples = Samples(self.data.sources, mixture, config.data.mask_documents)
         step = training.progress.step
         self._prove(lm, samples, step)
         batches = partial(self._batches, samples, lm)
         if config.dry_run:
             training.batches = iter(batches(step, step + 1))
-            dry_run(training, config, self.base, self.names)
+            dry_run(training, config.checkpoint, self.folder, self.base, self.names)
             return
         place.on_first(partial(self._begin_folder, starts, plan))
         Trainer(
@@ -207,9 +209,9 @@ class _Run:
     def _open_folder(self) -> tuple[list[int], str, list[rollback.Rollback]]:
         """Where the mixture's stages start, which run this is, and how often it has gone back."""
         wanted = corpora.stage_starts(self.config.data, self.data.samples)
+        self.folder.refuse_place()
         if self.config.dry_run:
             return wanted, self.folder.id, []
-        self.folder.refuse_unwritable()
         self.lock.take()
         self.folder.open(corpora.contents(self.data.sources))
         account = rollback.read(self.folder.rollbacks)

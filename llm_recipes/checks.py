@@ -1,0 +1,200 @@
+"""What can be refused of a configuration from nothing but itself, before anything heavy is imported."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from llm_recipes.config import ExportConfig, PretrainConfig, ReportConfig
+from llm_recipes.errors import UserError, did_you_mean
+
+LARGEST = 2**31 - 1
+"""Of a whole number: steps times batch size then fit into 64 bits, with which samples are counted."""
+
+
+def values_in(value: Any, key: str = "", choices: Any = None) -> Iterator[tuple[str, Any, Any]]:
+    """Every single value of a configuration: its key, itself, and its field's choices. A model's own keys are free."""
+    if dataclasses.is_dataclass(value):
+        for item in dataclasses.fields(value):
+            below = f"{key}.{item.name}".lstrip(".")
+            yield from values_in(getattr(value, item.name), below, item.metadata.get("choices"))
+    elif isinstance(value, dict) and key != "model.overrides":
+        for name, entry in value.items():
+            yield from values_in(entry, f"{key}.{name}")
+    elif isinstance(value, list):
+        for number, entry in enumerate(value):
+            yield from values_in(entry, f"{key}[{number}]")
+    else:
+        yield key, value, choices
+
+
+def check_values(config: Any) -> None:
+    """Refuse a value that is not among its field's choices, naming the nearest, and a number that cannot be meant."""
+    for key, value, choices in values_in(config):
+        if choices and value not in choices:
+            known = [each for each in choices if each is not None]
+            raise UserError(f"{key}={value}: no such choice, {did_you_mean(str(value), known)}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{key}={value}: must be a finite number")
+        largest = LARGEST**2 if key.endswith((".seed", ".tokens")) else LARGEST
+        if isinstance(value, int) and abs(value) > largest:
+            raise UserError(f"{key}={value}: must not be more than {largest}")
+
+
+def check_horizon(config: PretrainConfig, steps: int, where: str) -> None:
+    """Refuse what does not fit into a run of that many steps.
+
+    Args:
+        where: what makes it so many, for the message.
+    """
+    train, schedule = config.train, config.schedule
+    decay = schedule.decay_steps or 0
+    if not steps <= LARGEST:
+        raise UserError(f"{where}: a run has {LARGEST} steps at most")
+    if schedule.warmup_steps + decay > steps:
+        raise UserError(
+            f"schedule.warmup_steps={schedule.warmup_steps} and schedule.decay_steps={decay} do not fit into {where}"
+        )
+    if train.stop_at is not None and train.stop_at > steps:
+        raise UserError(f"train.stop_at={train.stop_at} lies past {where}")
+
+
+def check_pretrain(config: PretrainConfig) -> None:
+    """Refuse combinations that cannot run, before anything heavy is imported.
+
+    Raises:
+        UserError: the first thing that is wrong, naming its keys.
+    """
+    train, optim, schedule, data = config.train, config.optim, config.schedule, config.data
+
+    def need(ok: bool, message: str) -> None:
+        if not ok:
+            raise UserError(message)
+
+    need((train.steps is None) != (train.epochs is None), "give either train.steps or train.epochs")
+    for key, value in {
+        "train.steps": train.steps,
+        "train.epochs": train.epochs,
+        "train.global_batch_size": train.global_batch_size,
+        "train.micro_batch_size": train.micro_batch_size,
+        "train.stop_at": train.stop_at,
+        "data.seq_len": data.seq_len,
+        "optim.lr": optim.lr,
+        "optim.eps": optim.eps,
+        "optim.grad_clip_norm": optim.grad_clip_norm,
+        "checkpoint.every": config.checkpoint.every,
+        "checkpoint.keep": config.checkpoint.keep,
+        "checkpoint.keep_every": config.checkpoint.keep_every,
+        "checkpoint.max_unsaved_steps": config.checkpoint.max_unsaved_steps,
+        "guard.threshold": config.guard.threshold,
+        "guard.patience": config.guard.patience,
+        "run.max_seconds": config.run.max_seconds,
+        "run.stall_seconds": config.run.stall_seconds,
+        "validation.every": config.validation.every,
+        "logging.every": config.logging.every,
+        "parallel.replicas": config.parallel.replicas,
+        "parallel.timeout_seconds": config.parallel.timeout_seconds,
+        **{f"data.sources.{name}.max_epochs": source.max_epochs for name, source in data.sources.items()},
+        **{f"data.validation.{name}.tokens": entry.tokens for name, entry in data.validation.items()},
+    }.items():
+        need(value is None or value > 0, f"{key}={value}: must be more than 0")
+    for key, count in {
+        "schedule.warmup_steps": schedule.warmup_steps,
+        "schedule.decay_steps": schedule.decay_steps or 0,
+        "data.workers": data.workers,
+        "data.seed": data.seed,
+        "train.seed": train.seed,
+        "optim.weight_decay": optim.weight_decay,
+        "guard.max_rollbacks": config.guard.max_rollbacks,
+    }.items():
+        need(count >= 0, f"{key}={count}: must not be negative")
+    need(
+        len(optim.betas) == 2 and all(0 <= b < 1 for b in optim.betas),
+        f"optim.betas={optim.betas}: two numbers from 0 up to 1",
+    )
+    need(0 <= optim.min_lr_ratio <= 1, f"optim.min_lr_ratio={optim.min_lr_ratio}: from 0 to 1")
+    need(
+        optim.min_lr is None or 0 <= optim.min_lr <= optim.lr,
+        f"optim.min_lr={optim.min_lr}: must lie between 0 and optim.lr={optim.lr}",
+    )
+    need(
+        train.global_batch_size % train.micro_batch_size == 0,
+        f"train.global_batch_size={train.global_batch_size} is no multiple of "
+        f"train.micro_batch_size={train.micro_batch_size}",
+    )
+    if train.steps is not None:
+        check_horizon(config, train.steps, f"train.steps={train.steps}")
+    if train.batch_warmup.start is None:
+        need(train.batch_warmup.steps == 0, f"train.batch_warmup.steps={train.batch_warmup.steps}: give start too")
+    else:
+        need(train.batch_warmup.start > 0, "train.batch_warmup.start: must be more than 0")
+        need(
+            train.global_batch_size % train.batch_warmup.start == 0,
+            f"train.global_batch_size={train.global_batch_size} is no multiple of "
+            f"train.batch_warmup.start={train.batch_warmup.start}",
+        )
+        stages = train.global_batch_size // train.batch_warmup.start - 1
+        need(
+            train.batch_warmup.steps >= stages,
+            f"train.batch_warmup.steps={train.batch_warmup.steps}: fewer than its {stages} stages",
+        )
+    need(bool(data.sources) != bool(data.data_path), "give either data.sources or data.data_path")
+    for name, source in data.sources.items():
+        need(
+            source.weight is None or source.weight > 0,
+            f"data.sources.{name}.weight={source.weight}: must be more than 0 (leave the source out instead)",
+        )
+    weighted = [source.weight is not None for source in data.sources.values()]
+    need(all(weighted) or not any(weighted), "data.sources: give every source a weight, or none")
+    for number, stage in enumerate(data.stages):
+        need(stage.share > 0, f"data.stages[{number}].share={stage.share}: must be more than 0")
+        need(bool(stage.weights), f"data.stages[{number}].weights: name at least one source")
+        for name, weight in stage.weights.items():
+            need(
+                name in data.sources,
+                f"data.stages[{number}].weights.{name}: no such source, {did_you_mean(name, data.sources)}",
+            )
+            need(weight > 0, f"data.stages[{number}].weights.{name}={weight}: must be more than 0")
+    if data.stages:
+        total = sum(stage.share for stage in data.stages)
+        need(abs(total - 1) < 1e-6, f"data.stages: the shares add up to {total}, not 1")
+    guard = config.guard
+    need(guard.window >= 16, f"guard.window={guard.window}: at least 16 updates say what is usual")
+    need(guard.patience <= guard.window, f"guard.patience={guard.patience}: more than guard.window={guard.window}")
+    need(0 < guard.lr_factor <= 1, f"guard.lr_factor={guard.lr_factor}: above 0, up to 1")
+    need(
+        config.parallel.replicas is None or config.parallel.sharding == "hybrid_shard",
+        f"parallel.replicas={config.parallel.replicas} needs parallel.sharding=hybrid_shard",
+    )
+    no_path = "/" not in config.run.name and config.run.name not in (".", "..")
+    need(no_path, f"run.name={config.run.name}: a name, not a path (use run.dir)")
+
+
+def check_export(config: ExportConfig) -> None:
+    """Refuse what transformers or the hub would, after all the work."""
+    size = re.fullmatch(r"(\d*\.?\d+) ?[KMGT]B", config.max_shard_size, re.IGNORECASE)
+    if size is None or not float(size[1]) > 0:
+        raise UserError(f"max_shard_size={config.max_shard_size}: a size such as 5GB or 500MB")
+    if config.push_to_hub is not None and not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", config.push_to_hub):
+        raise UserError(f"push_to_hub={config.push_to_hub}: no name of a repository, such as me/mine")
+
+
+def check_report(config: ReportConfig) -> None:
+    """Refuse a number that cannot be meant."""
+    if config.step is not None and config.step < 0:
+        raise UserError(f"step={config.step}: must not be negative")
+    if config.limit < 1:
+        raise UserError(f"limit={config.limit}: must be more than 0")
+    if config.samples and config.step is None:
+        raise UserError("--samples: of which step? (step=N)")
+
+
+CHECKS: dict[str, Any] = {"pretrain": check_pretrain, "export": check_export, "report": check_report}
+
+
+def check(verb: str, config: Any) -> None:
+    """Everything that can be refused from the configuration alone."""
+    check_values(config)
+    if verb in CHECKS:
+        CHECKS[verb](config)
