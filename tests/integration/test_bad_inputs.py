@@ -343,6 +343,15 @@ PRETRAIN: list[Case] = [
     ),
     ("run.name=..", "run.name=..: a name, not a path"),
     ("run.dir=", "run.dir: needed, and not given"),
+    ("run.max_seconds=0", "run.max_seconds=0.0: must be more than 0"),
+    ("run.stall_seconds=-1", "run.stall_seconds=-1.0: must be more than 0"),
+    ("guard.window=4", "guard.window=4: at least 16 updates"),
+    ("guard.patience=500", "guard.patience=500: more than guard.window=128"),
+    ("guard.threshold=nan", "guard.threshold=nan: must be a finite number"),
+    ("guard.lr_factor=2", "guard.lr_factor=2.0: above 0, up to 1"),
+    ("guard.max_rollbacks=-1", "guard.max_rollbacks=-1: must not be negative"),
+    ("checkpoint.max_unsaved_steps=0", "checkpoint.max_unsaved_steps=0: must be more than 0"),
+    ("checkpoint.keep_every_dtype=bf16", "checkpoint.keep_every_dtype=bf16: no such choice, did you mean 'bfloat16'?"),
     (f"run.name={'x' * 300}", "File name too long"),
     ("run.dir=ja.jsonl/x", "ja.jsonl/x/mine: the run's folder cannot be written (ja.jsonl)"),
     ("run.dir=ja.jsonl dry_run=true", "ja.jsonl/mine: the run's folder cannot be written (ja.jsonl)"),
@@ -387,14 +396,29 @@ EXPORT: list[Case] = [
         )
     ],
 ]
+REPORT: list[Case] = [
+    # What is said after `run=run` (a finished run).
+    ("rum=x", "unknown key 'rum', did you mean 'run'?"),
+    ("run=nowhere", "run=nowhere: no run there (a folder with metrics.jsonl)"),
+    ("run=model", "run=model: no run there"),
+    ("step=-1", "step=-1: must not be negative"),
+    ("step=x", "step"),
+    ("limit=0", "limit=0: must be more than 0"),
+    ("--samples", "--samples: of which step? (step=N)"),
+    ("--sample", "--sample"),
+    ("step=77", "step=77: nothing is written down of it; the nearest step is 1", resumable()),
+    ("step=1 --samples", "config.yaml: cannot be read", resumable(write("outputs/mine/config.yaml", "- 3"))),
+    ("step=1 --samples", "ja.idx: no such token file", resumable(remove("tokens/ja.idx"))),
+]
 FIRST = {
+    "report": ["run=outputs/mine"],
     "tokenize": ["input=ja.jsonl", NEW, "tokenizer=model"],
     "pretrain": ["+exp=mine"],
     "export": ["checkpoint=step", NEW],
 }
 CASES = [
     pytest.param(verb, case, id=f"{verb}-{number}-{case[0][:40]}")
-    for verb, cases in (("tokenize", TOKENIZE), ("pretrain", PRETRAIN), ("export", EXPORT))
+    for verb, cases in (("tokenize", TOKENIZE), ("pretrain", PRETRAIN), ("export", EXPORT), ("report", REPORT))
     for number, case in enumerate(cases)
 ]
 
