@@ -7,6 +7,7 @@ Kinds of index, from the outside in:
     window    a source's window, read as documents (`windows`), laid out as arrays (`documents`)
 """
 
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -102,6 +103,7 @@ class GlobalBatches:
             self.samples,
             batch_size=None,
             sampler=_Positions(self.steps, self._rank_positions),
+            worker_init_fn=_leave_signals_to_the_main_process,
             **self._loader_options,
         )
         ready = iter(batches)
@@ -121,6 +123,14 @@ class GlobalBatches:
                 f"past the model's vocabulary of {self.vocab_size}; it was tokenized for another model",
                 everywhere=False,
             )
+
+
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    """A scheduler signals every process of a job. It is the main process that decides to stop, and until it has saved
+    it needs its batches: a worker that died of the signal would take the run along. It ends with its parent anyway."""
+    signal.set_wakeup_fd(-1)
+    for each in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(each, signal.SIG_IGN)
 
 
 class _Positions:

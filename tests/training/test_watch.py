@@ -204,6 +204,50 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_where_it_was(
     assert not (folder / "run" / "lock.json").exists()
 
 
+def signalled(config: Any, name: str) -> tuple[str | None, int]:
+    """A run whose process, and each of its children, is sent a signal in its third step; and how many children."""
+    import multiprocessing
+    import signal
+
+    from llm_recipes.training import loop
+    from llm_recipes.training.run import pretrain
+
+    to_device, seen, children = loop.to_device, [], []
+
+    def sending(batch: Any, device: Any) -> Any:
+        seen.append(batch)
+        if len(seen) == 3:
+            children.extend(each.pid for each in multiprocessing.active_children())
+            for pid in (*children, os.getpid()):
+                os.kill(pid, getattr(signal, name))
+        return to_device(batch, device)
+
+    loop.to_device = sending
+    try:
+        pretrain(config)
+    except UserError as error:
+        return str(error), len(children)
+    finally:
+        loop.to_device = to_device
+    return None, len(children)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_to_every_process_of_a_job_is_one_wish_to_stop(
+    ranks: Any, tiny_models: Any, workplace: Workplace, name: str
+) -> None:
+    """Also to the processes that prepare batches: they serve the step in hand, and are not heard twice."""
+    folder = workplace("run")
+    config = tiny.pretrain_config(
+        folder, tiny_models["mistral"], train__steps=100, data__workers=2, train__micro_batch_size=4
+    )
+    [(problem, children)] = ranks(1, signalled, config, name)
+    assert problem is None and children >= 2
+    [stopped] = of_run(folder, "stop")
+    assert stopped["reason"] == name and stopped["step"] < 100
+    assert (folder / "run" / "checkpoints" / f"step-{stopped['step']:08d}").is_dir()
+
+
 def test_a_run_whose_folder_another_process_writes_is_refused(
     ranks: Any, tiny_models: Any, workplace: Workplace
 ) -> None:
