@@ -55,7 +55,7 @@ class _Save:
 
 
 class Saver:
-    """Writes a run's checkpoints, one at a time.
+    """Writes a run's checkpoints, one at a time. (What it does on CUDA has never run on a GPU yet.)
 
     Args:
         root: the run's `checkpoints/`.

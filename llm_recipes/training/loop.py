@@ -81,7 +81,7 @@ class Step:
 
 class Later:
     """A number on its way from the device. Reading it waits for what was queued before it, and not for what came
-    after."""
+    after. (Its path on CUDA has never run on a GPU yet.)"""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._ready: Any = None
