@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from llm_recipes.data.token_file import Sidecar, TokenFileWriter, smallest_dtype
+from llm_recipes.data.sidecar import Sidecar
+from llm_recipes.data.token_file import TokenFileWriter, smallest_dtype
 from llm_recipes.data.tokenizer import fingerprint
 
 SMALL: dict[str, Any] = {

@@ -1,6 +1,7 @@
 """A checkpoint to an ordinary Hugging Face folder: the hub's parameter names, one dtype, tokenizer, model card."""
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -9,14 +10,15 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from torch.distributed.checkpoint import CheckpointException
 
-from llm_recipes.checkpoints import manifest
+from llm_recipes.checkpoints import hub, manifest, shards
 from llm_recipes.checkpoints.state import copy_model_files
 from llm_recipes.config import ExportConfig
-from llm_recipes.data.token_file import make_folder, remove_folders
 from llm_recipes.errors import UserError, first_line
+from llm_recipes.folders import make_folder, remove_folders
 from llm_recipes.models import loading
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -27,9 +29,8 @@ def export(config: ExportConfig) -> Path:
     Raises:
         UserError: no checkpoint, a damaged one, an output that exists, or one that cannot be written.
     """
-    from transformers import AutoModelForCausalLM
-
     loading.quiet_libraries()
+    most = hub.sizes(config.max_shard_size)
     checkpoint, output = Path(config.checkpoint), Path(config.output)
     if not (checkpoint / manifest.MANIFEST).is_file():
         raise UserError(f"checkpoint={checkpoint}: no checkpoint there; name a run's checkpoints/step-... folder")
@@ -43,17 +44,17 @@ def export(config: ExportConfig) -> Path:
     if output.resolve().is_relative_to(checkpoint.resolve()):
         raise UserError(f"output={output}: inside the checkpoint; name a folder elsewhere")
     try:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint / "model", dtype=DTYPES[config.dtype])
+        model, parts = open_model(checkpoint / "model", DTYPES[config.dtype])
         card = model_card(checkpoint, config.dtype)
-    except (Exception, CheckpointException) as error:  # a broken file is met by whatever line reads it
-        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-        raise UserError(f"checkpoint={checkpoint}: cannot be opened ({first_line(cause)})") from error
+    except Exception as error:  # a broken file is met by whatever line reads it
+        reason = str(error) if isinstance(error, UserError) else first_line(error)
+        raise UserError(f"checkpoint={checkpoint}: cannot be opened ({reason})") from error
     made: list[Path] = []
     beside = output.with_name(output.name + manifest.PARTIAL)
     try:
         shutil.rmtree(beside, ignore_errors=True)
         made = make_folder(beside)
-        model.save_pretrained(beside, max_shard_size=config.max_shard_size)
+        write_model(model, parts, checkpoint / "model", beside, most)
         copy_model_files(checkpoint / "model", beside)
         (beside / "README.md").write_text(card, encoding="utf-8")
         for path in beside.iterdir():  # safetensors writes for the owner alone
@@ -64,12 +65,45 @@ def export(config: ExportConfig) -> Path:
     except BaseException as error:
         shutil.rmtree(beside, ignore_errors=True)
         remove_folders(made)
+        if isinstance(error, shards.Damaged):
+            raise UserError(f"checkpoint={checkpoint}: damaged, {error}; use the one before it") from error
         if isinstance(error, OSError):
             raise UserError(f"output={output}: cannot be written ({error})") from error
         raise
     if config.push_to_hub is not None:
         push(output, config.push_to_hub, config.branch)
     return output
+
+
+def open_model(source: Path, dtype: torch.dtype) -> tuple[Any, list[hub.Unit] | None]:
+    """The model on the meta device, and how its weights are converted in parts; without parts, the whole model.
+
+    Raises:
+        UserError: a tensor is missing, or of another shape.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    model = loading.empty_model(AutoConfig.from_pretrained(source), dtype, None)
+    hub.refuse_another_model(model, source)
+    parts = hub.units(model)
+    if parts is None:
+        log.warning("the weights of this model do not convert in parts: all of it goes through memory at once")
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype), None
+    if model.can_generate() and not (source / "generation_config.json").exists():  # else it is copied as it is
+        model.generation_config = GenerationConfig.from_pretrained(
+            source, config_file_name="config.json", _from_model_config=True
+        )
+    return model, parts
+
+
+def write_model(model: Any, parts: list[hub.Unit] | None, source: Path, target: Path, most: int) -> None:
+    """Weights, configuration and generation configuration, as `from_pretrained` and `save_pretrained` would write them;
+    a few tensors at a time in memory, where the model's conversions allow it."""
+    if parts is None:
+        model.save_pretrained(target, max_shard_size=most)
+        return
+    model.save_pretrained(target, state_dict={})  # all but the weights
+    hub.write_weights(model, source, target, parts, most)
 
 
 def umask() -> int:

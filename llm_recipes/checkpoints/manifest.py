@@ -76,7 +76,10 @@ def read(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError, OSError: it cannot be read, or is none.
     """
-    content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    try:
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
     if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
         raise ValueError("it lists no files")
     return content

@@ -26,6 +26,8 @@ DTYPES = {
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 CHUNK = 1 << 24
 """Bytes read or written at once."""
+LARGEST = 2**62
+"""More numbers than any tensor has; torch counts them in 64 bits."""
 LONGEST_HEADER = 100_000_000
 """Bytes; safetensors' own limit."""
 
@@ -63,7 +65,7 @@ def piece(names: Sequence[str], tensor: torch.Tensor, is_first: bool) -> Piece:
     if not isinstance(tensor, DTensor):
         return Piece(tuple(names), tensor.detach(), (0,) * tensor.ndim, tuple(tensor.shape), is_first)
     local: torch.Tensor = tensor.to_local().detach()
-    offsets = [0] * tensor.ndim
+    offsets, sizes = [0] * tensor.ndim, list(tensor.shape)
     coordinate = tensor.device_mesh.get_coordinate()
     assert coordinate is not None
     mine = True
@@ -71,8 +73,11 @@ def piece(names: Sequence[str], tensor: torch.Tensor, is_first: bool) -> Piece:
         if isinstance(place, Replicate):
             mine = mine and at == 0
         elif type(place) is Shard:
-            each = -(-tensor.shape[place.dim] // ranks)  # as torch.chunk cuts: the last ones may be shorter, or empty
-            offsets[place.dim] = min(at * each, tensor.shape[place.dim])
+            size = sizes[place.dim]  # what a mesh dimension before this one has left of it
+            each = -(-size // ranks)  # as torch.chunk cuts: the last ones may be shorter, or empty
+            first = min(at * each, size)
+            offsets[place.dim] += first
+            sizes[place.dim] = min(each, size - first)
         else:
             raise RuntimeError(f"{names[0]}: {place} is no placement that can be saved")
     return Piece(tuple(names), local, tuple(offsets), tuple(tensor.shape), mine and local.numel() > 0)
@@ -91,6 +96,10 @@ class Box:
     dtype: torch.dtype
     shape: tuple[int, ...]
     offsets: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
 
 
 def write_pieces(path: Path, pieces: Iterable[Piece]) -> dict[str, Any]:
@@ -116,7 +125,7 @@ def write(path: Path, boxes: Sequence[Box], values: Iterable[torch.Tensor]) -> d
     header: dict[str, Any] = {}
     end = 0
     for box in boxes:
-        start, end = end, end + prod(box.shape) * box.dtype.itemsize
+        start, end = end, end + box.bytes
         header[box.name] = {"dtype": CODES[box.dtype], "shape": list(box.shape), "data_offsets": [start, end]}
     header["__metadata__"] = {"format": "pt"}
     if any(any(box.offsets) for box in boxes) or path.name.startswith("shard-"):
@@ -179,10 +188,10 @@ def read_header(path: Path) -> dict[str, Stored]:
             where = tuple(boxes[name]["saved_offsets"]) if boxes else (0,) * len(shape)
             dtype = DTYPES[entry["dtype"]]
             numbers = (*shape, *where, start, end)
-            if len(where) != len(shape) or not all(type(each) is int and 0 <= each < 2**62 for each in numbers):
-                raise Damaged(f"{path}: {name} has no place")
+            if len(where) != len(shape) or not all(type(each) is int and 0 <= each < LARGEST for each in numbers):
+                raise Damaged(f"{path}: {name!r} has no place")
             if end - start != prod(shape) * dtype.itemsize:
-                raise Damaged(f"{path}: {name} has {end - start} bytes for shape {list(shape)}")
+                raise Damaged(f"{path}: {name!r} has {end - start} bytes for shape {list(shape)}")
             found[name] = Stored(path, 8 + length + start, dtype, shape, where)
             ends.append((start, end))
     except Damaged:
@@ -214,9 +223,12 @@ class Folder:
                 self._pieces.setdefault(name, []).append(stored)
         for name, pieces in self._pieces.items():
             if len({(each.dtype, len(each.shape)) for each in pieces}) > 1:
-                raise Damaged(f"{path}: the pieces of {name} are of different kinds")
-            if sum(prod(each.shape) for each in pieces) != prod(self.shape(name)):
-                raise Damaged(f"{path}: {name} is not whole")
+                raise Damaged(f"{path}: the pieces of {name!r} are of different kinds")
+            shape = self.shape(name)
+            if sum(prod(each.shape) for each in pieces) != prod(shape) or _overlap(pieces):
+                raise Damaged(f"{path}: {name!r} is not whole")
+            if prod(max(each, 1) for each in shape) > LARGEST // 8:
+                raise Damaged(f"{path}: {name!r} has an impossible shape, {list(shape)}")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._pieces)
@@ -264,6 +276,24 @@ class Folder:
         return whole
 
 
+def _overlap(pieces: Sequence[Stored]) -> bool:
+    """Whether two pieces hold the same number. Each is compared with those that begin before it ends, along the
+    dimension that is cut most: with none but its neighbours, as ranks cut."""
+    boxes = [each for each in pieces if prod(each.shape)]
+    if len(boxes) < 2:
+        return False
+    along = max(range(len(boxes[0].shape)), key=lambda dim: len({each.offsets[dim] for each in boxes}), default=0)
+    boxes.sort(key=lambda each: each.offsets[along : along + 1])
+    for number, one in enumerate(boxes):
+        for other in boxes[number + 1 :]:
+            sides = list(zip(one.offsets, one.shape, other.offsets, other.shape, strict=True))
+            if all(a < b + m and b < a + n for a, n, b, m in sides):
+                return True
+            if sides[along][2] >= sides[along][0] + sides[along][1]:
+                break
+    return False
+
+
 def rewrite(source: Path, target: Path, dtype: torch.dtype) -> dict[str, Any]:
     """Copy a file, its floating-point tensors in another dtype; a tensor at a time in memory.
 
@@ -284,11 +314,17 @@ def _whole(stored: Stored) -> torch.Tensor:
 
 
 def _copy(stored: Stored, box: Sequence[slice], target: torch.Tensor) -> None:
-    """Read a box of a stored piece into a tensor of the box's shape, some rows at a time."""
+    """Read a box of a stored piece into a tensor of the box's shape, some rows at a time; of long rows a part."""
     if not stored.shape:
         target.copy_(_rows(stored, 0, 1).reshape(()))
         return
-    rows = max(1, CHUNK // max(1, prod(stored.shape[1:]) * stored.dtype.itemsize))
+    row = prod(stored.shape[1:]) * stored.dtype.itemsize
+    if row > CHUNK and len(stored.shape) > 1:
+        for number in range(box[0].start, box[0].stop):
+            inner = Stored(stored.path, stored.start + number * row, stored.dtype, stored.shape[1:], stored.offsets[1:])
+            _copy(inner, box[1:], target[number - box[0].start])
+        return
+    rows = max(1, CHUNK // max(1, row))
     for start in range(box[0].start, box[0].stop, rows):
         stop = min(start + rows, box[0].stop)
         read = _rows(stored, start, stop)

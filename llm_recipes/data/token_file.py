@@ -16,15 +16,15 @@ import mmap
 import os
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Any, BinaryIO, get_origin, get_type_hints
+from typing import Any, BinaryIO
 
 import numpy as np
 import xxhash
 
+from llm_recipes.data.sidecar import Sidecar, from_json
 from llm_recipes.errors import UserError
+from llm_recipes.folders import make_folder, remove_folders
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -42,32 +42,6 @@ SCAN = 1 << 18
 """Documents looked at at once: some megabytes."""
 
 
-@dataclass
-class Sidecar:
-    """What `NAME.json` says about a token file."""
-
-    tokenizer: str
-    """Fingerprint of the tokenizer's vocabulary, merges and normalizer."""
-    tokenizer_name: str
-    vocab_size: int
-    largest_token_id: int
-    eod_token_id: int
-    bos_token_id: int | None
-    """The token that starts each document, or None where there is none."""
-    documents: int
-    tokens: int
-    bytes: int
-    """UTF-8 bytes of the raw text."""
-    licence: str | None = None
-    language: str | None = None
-    sources: list[dict[str, Any]] = field(default_factory=list)
-    """What was tokenized: `path`, `bytes`, `xxh3_128` of each input file."""
-    skipped_rows: int = 0
-    checksums: dict[str, str] = field(default_factory=dict)
-    """xxh3-128 of the `.bin`, `.idx` and `.bytes` files."""
-    version: int = 1
-
-
 def smallest_dtype(vocab_size: int) -> np.dtype:
     """Megatron's choice: two bytes a token where the vocabulary allows it."""
     return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
@@ -80,24 +54,6 @@ def checksum(path: str | Path) -> str:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def make_folder(folder: Path) -> list[Path]:
-    """Make a folder and those above it; which of them were not there before, for `remove_folders`."""
-    made = [each for each in (folder, *folder.parents) if not each.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        remove_folders(made)
-        raise
-    return made
-
-
-def remove_folders(made: Iterable[Path]) -> None:
-    """Remove folders, innermost first, as far as they are there and empty."""
-    for each in made:
-        with contextlib.suppress(OSError):
-            each.rmdir()
 
 
 def _map(path: Path, at_random: bool = False) -> mmap.mmap | bytes:
@@ -166,6 +122,8 @@ class TokenFile:
             )
         if self.sidecar is None:
             self._refuse_gaps()
+        if self.tokens < self.documents:
+            raise UserError(f"{index_path}: {self.documents} documents of {self.tokens} tokens, some are empty")
         # A negative id is read as one far past every vocabulary, where it is refused.
         self._tokens = np.frombuffer(_map(bin_path, at_random=True), self.dtype.str.replace("i", "u"))
 
@@ -183,13 +141,8 @@ class TokenFile:
             return None
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
-            known = {item.name for item in dataclasses.fields(Sidecar)}
-            sidecar = Sidecar(**{key: value for key, value in raw.items() if key in known})
-            for name, kind in get_type_hints(Sidecar).items():
-                plain = kind if isinstance(kind, UnionType) else get_origin(kind) or kind
-                if not isinstance(getattr(sidecar, name), plain):
-                    raise TypeError(f"{name} is {getattr(sidecar, name)!r}")
-        except (ValueError, TypeError, AttributeError) as error:
+            sidecar = from_json(raw)
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{path}: not a sidecar of ours ({error}); remove it to read the tokens alone") from error
         if sidecar.documents != self.documents:
             raise UserError(
@@ -230,6 +183,8 @@ class TokenFile:
     def document_starts(self, first: int, last: int) -> np.ndarray:
         """Token offsets at which documents `first` .. `last - 1` start; `documents` itself is the end. int64."""
         sequence = self._first_sequence[first:last]
+        if len(sequence) and not 0 <= int(sequence.min()) <= int(sequence.max()) <= len(self._pointers):
+            raise self._damaged()
         inside = np.minimum(sequence, len(self._pointers) - 1)
         starts = self._pointers[inside] // self.dtype.itemsize
         return np.where(sequence == len(self._pointers), self.tokens, starts)
@@ -239,15 +194,29 @@ class TokenFile:
         sequence = int(self._first_sequence[number])
         if sequence == len(self._pointers):
             return self.tokens
+        if not 0 <= sequence < len(self._pointers):
+            raise self._damaged()
         return int(self._pointers[sequence]) // self.dtype.itemsize
 
     def read(self, start: int, end: int) -> np.ndarray:
         """Tokens `start` .. `end - 1` of the file, int64."""
-        return self._tokens[start:end].astype(np.int64)
+        if not 0 <= start <= end <= self.tokens:
+            raise self._damaged()
+        tokens = self._tokens[start:end]
+        if tokens.itemsize == 8:  # a negative id of eight bytes stays as far past every vocabulary as the others
+            tokens = np.minimum(tokens, np.uint64(np.iinfo(np.int64).max))
+        return tokens.astype(np.int64)
 
     def document(self, number: int) -> np.ndarray:
         """The tokens of one document, int64."""
-        return self.read(self.document_start(number), self.document_start(number + 1))
+        start, end = self.document_start(number), self.document_start(number + 1)
+        if start == end:
+            raise self._damaged()
+        return self.read(start, end)
+
+    def _damaged(self) -> UserError:
+        """An index with a sidecar is believed when it is opened: where it lies, it is found out by reading."""
+        return UserError(f"{self.file('idx')}: its documents do not lie end to end; it is damaged, tokenize again")
 
     def document_bytes(self) -> np.ndarray | None:
         """UTF-8 bytes of each document's raw text (uint32, one per document), or None where not known."""

@@ -31,7 +31,8 @@ from llm_recipes.data.backends import Disagreement, prepared_json
 from llm_recipes.data.encoding import Encoded, Encoder, Recipe
 from llm_recipes.data.reading import Input, all_blocks, open_inputs
 from llm_recipes.data.rows import Block
-from llm_recipes.data.token_file import Sidecar, TokenFileWriter, smallest_dtype
+from llm_recipes.data.sidecar import Sidecar
+from llm_recipes.data.token_file import TokenFileWriter, smallest_dtype
 from llm_recipes.data.tokenizer import bos_of, eod_of, fingerprint, open_tokenizer, vocabulary_size
 from llm_recipes.errors import UserError
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from llm_recipes.data.token_file import TokenFile
+from llm_recipes.errors import UserError
 
 
 class Windows:
@@ -74,6 +75,9 @@ class Windows:
             finish = min(stop, start + (last - before) + 1)
             if finish - begin > 1:
                 pieces.append(file.read(begin, finish))
+        in_order = all(start < stop for start, stop in itertools.pairwise(starts))
+        if not in_order or sum(len(piece) - 1 for piece in pieces) != last - first:
+            raise UserError(f"{file.file('idx')}: its documents do not lie end to end; it is damaged, tokenize again")
         return pieces
 
     def _stream(self, first: int, last: int) -> np.ndarray:

@@ -18,8 +18,8 @@ from omegaconf import OmegaConf
 
 from llm_recipes.checkpoints import manifest
 from llm_recipes.config import PretrainConfig
-from llm_recipes.data.token_file import make_folder, remove_folders
 from llm_recipes.errors import UserError
+from llm_recipes.folders import make_folder, remove_folders
 from llm_recipes.telemetry import metrics
 
 log = logging.getLogger(__name__)

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llm_recipes.data.token_file import make_folder, remove_folders
 from llm_recipes.errors import UserError
+from llm_recipes.folders import make_folder, remove_folders
 
 BEATS_EVERY = 5.0
 """Seconds."""
