@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format quickstart
+.PHONY: help setup test test-faults lint format quickstart
 
 PYTHON ?= python3
 VENV := .venv
@@ -15,7 +15,7 @@ ARGS ?=
 STARTED := $(shell date +%s)
 
 help:  ## what there is
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 # .venv/ready holds the checksum of all that decides what is installed, and is there only when all of it is:
 # the same pins are reused, changed ones installed again, and what was interrupted is begun anew.
@@ -43,6 +43,9 @@ setup:  ## the virtual environment .venv, with everything that the tests and the
 
 test: setup  ## all tests that this machine can run
 	$(BIN)/python -m pytest $(ARGS)
+
+test-faults: setup  ## processes killed, stopped and preempted, checkpoints damaged (half an hour); writes benchmarks/results/faults.md
+	$(BIN)/python -m pytest -m faults $(ARGS) tests/faults
 
 lint: setup  ## style, types, and the import contract
 	$(BIN)/ruff check .

@@ -50,6 +50,7 @@ SHAPES = {
     "tiny": llama(256, 704, 4, 4, 2, 8192),
     "135m": llama(576, 1536, 30, 9, 3, 49152, tie_word_embeddings=True),  # SmolLM2-135M
     "1b": llama(2048, 8192, 16, 32, 8, 128256, tie_word_embeddings=True),  # Llama-3.2-1B
+    "3b": llama(3072, 8192, 28, 24, 8, 128256, tie_word_embeddings=True),  # Llama-3.2-3B
     "7b": llama(4096, 14336, 32, 32, 8, 32000, model_type="mistral", sliding_window=None),  # Mistral-7B
     "moe": llama(512, 1792, 6, 8, 2, 32000, model_type="mixtral", num_local_experts=8, num_experts_per_tok=2),
 }

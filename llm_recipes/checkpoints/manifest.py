@@ -1,7 +1,7 @@
 """A checkpoint's folder: its name, what must be in it, and whether it is whole.
 
-`manifest.json` is written last and lists size and checksum of every other file; a folder gets its final name only
-after that. What has another name, or no manifest, is no checkpoint.
+`manifest.json` is written last and lists size and checksum of every other file, and its own; a folder gets its final
+name only after that. What has another name, or no manifest, is no checkpoint.
 """
 
 import json
@@ -10,6 +10,8 @@ import re
 import shutil
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from llm_recipes.data.token_file import checksum
 from llm_recipes.models.topology import Topology
@@ -62,9 +64,16 @@ def describe(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
     return found
 
 
+def _own_checksum(content: dict[str, Any]) -> str:
+    """Of all that a manifest says but this."""
+    others = {key: value for key, value in content.items() if key != "checksum"}
+    return xxhash.xxh3_128_hexdigest(json.dumps(others, sort_keys=True).encode())
+
+
 def write(folder: Path, content: dict[str, Any]) -> None:
     """Write a folder's manifest, the last of its files, and bring the folder's own entries to the disk."""
     path = folder / MANIFEST
+    content = content | {"checksum": _own_checksum(content)}
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     for each in (path, *(below for below in folder.iterdir() if below.is_dir()), folder):
         sync(each)
@@ -82,6 +91,8 @@ def read(folder: Path) -> dict[str, Any]:
         raise ValueError("it is nested too deeply") from error
     if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
         raise ValueError("it lists no files")
+    if "checksum" in content and content["checksum"] != _own_checksum(content):
+        raise ValueError("it does not match its own checksum")
     return content
 
 

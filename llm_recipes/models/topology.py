@@ -7,6 +7,8 @@ torch is imported where it is used: `launched_rank` must answer before anything 
 import os
 import re
 import signal
+import time
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,8 @@ from llm_recipes.config import ParallelConfig
 from llm_recipes.errors import UserError, as_user_error, first_line
 
 if TYPE_CHECKING:
+    from datetime import timedelta
+
     import torch
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -226,8 +230,10 @@ def start(config: ParallelConfig) -> Topology:
         else:
             _set_address(me)
         try:
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                options["store"] = _store_of_the_living(me, options["timeout"])
             dist.init_process_group(**options)
-        except dist.DistError as error:
+        except (dist.DistError, TimeoutError) as error:
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise UserError(f"the {me.ranks} processes did not meet at {where} ({first_line(error)})", False) from error
 
@@ -278,6 +284,38 @@ def _set_address(me: Launch) -> None:
         os.environ["MASTER_PORT"] = str(PORT + job % 1000)
     elif not os.environ["MASTER_PORT"].isdecimal():
         raise UserError(f"MASTER_PORT={os.environ['MASTER_PORT']}: must be a port's number")
+
+
+def _store_of_the_living(me: Launch, timeout: "timedelta") -> Any:
+    """torchrun's store, under a name of this attempt's own.
+
+    torchrun keeps one store over all its restarts, and in it what the processes before have said of themselves: torch
+    takes a dead one's address for its successor's, and hangs (torch 2.13; github.com/pytorch/pytorch/issues/135712).
+    How often torchrun has started anew differs from host to host, so it is no such name: rank 0 makes one up, and gives
+    it to whoever shows, under a key that nobody has used, that it is there now.
+    """
+    import torch.distributed as dist
+
+    store: Any
+    store, _, _ = next(iter(dist.rendezvous("env://", me.rank, me.ranks, timeout=timeout)))
+    store.set_timeout(timeout)
+    mine = uuid.uuid4().hex
+    if me.rank > 0:
+        store.set(f"llm_recipes/here/{me.rank}", mine)
+        mine = store.get(f"llm_recipes/answer/{mine}").decode()
+        store.set(f"llm_recipes/{mine}/{me.rank}", "")
+    waiting, deadline = set(range(1, me.ranks if me.rank == 0 else 1)), time.monotonic() + timeout.total_seconds()
+    while waiting:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"ranks {sorted(waiting)} have not come within {timeout}")
+        for rank in sorted(waiting):
+            here = f"llm_recipes/here/{rank}"
+            if store.check([f"llm_recipes/{mine}/{rank}"]):
+                waiting.remove(rank)
+            elif store.check([here]):
+                store.set(f"llm_recipes/answer/{store.get(here).decode()}", mine)  # or a dead one's: nobody reads it
+        time.sleep(0.01)
+    return dist.PrefixStore(mine, store)
 
 
 def stop() -> None:

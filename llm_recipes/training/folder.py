@@ -127,7 +127,6 @@ class RunFolder:
         """
         try:
             make_folder(self.checkpoints)
-            manifest.clean(self.checkpoints)
             for name, content in (kept | {"environment": environment()}).items():
                 self._write(f"{name}.json", json.dumps(content, ensure_ascii=False, indent=2) + "\n")
             self._write("run_id", self.id + "\n")

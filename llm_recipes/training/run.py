@@ -214,6 +214,7 @@ class _Run:
             return wanted, self.folder.id, []
         self.lock.take()
         self.folder.open(corpora.contents(self.data.sources))
+        manifest.clean(self.folder.checkpoints)  # before one is chosen: it may bring the newest back
         account = rollback.read(self.folder.rollbacks)
         rollback.sweep(self.folder.checkpoints, account)
         return self.folder.stage_starts(wanted), self.folder.known_id(), account

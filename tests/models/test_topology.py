@@ -1,8 +1,11 @@
 """A process learns who it is from its launcher alone, and a mistake that one process sees ends all."""
 
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from llm_recipes.config import ParallelConfig
 from llm_recipes.errors import UserError
@@ -176,3 +179,29 @@ def test_every_rank_is_a_data_rank_whatever_its_replica(ranks: Any) -> None:
         assert found["sum"] == [1111.0]
         assert found["gather"] == ["of 0", "of 1", "of 2", "of 3"]
         assert found["from_first"] == "of 0"
+
+
+def test_what_dead_processes_left_in_torchrun_s_store_misleads_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three attempts over one store; the second one ends before all have met. None sees what another one wrote."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for name, value in {"ADDR": "127.0.0.1", "PORT": str(server.port)}.items():
+        monkeypatch.setenv(f"MASTER_{name}", value)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+
+    def meet(rank: int, seconds: float = 30) -> Any:
+        return topology._store_of_the_living(Launch("torchrun", rank, 3, rank), timedelta(seconds=seconds))
+
+    names = []
+    with ThreadPoolExecutor(3) as threads:
+        for attempt in range(3):
+            if attempt == 1:
+                with pytest.raises(dist.DistError):
+                    meet(2, seconds=1)
+                with pytest.raises(TimeoutError, match=r"ranks \[1, 2\] have not come"):
+                    meet(0, seconds=1)
+                continue
+            stores = list(threads.map(meet, range(3)))
+            assert not any(store.check(["address"]) for store in stores)
+            stores[0].set("address", str(attempt))
+            names.append([store.get("address") for store in stores])
+    assert names == [[b"0"] * 3, [b"2"] * 3]
