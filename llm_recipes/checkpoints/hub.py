@@ -16,7 +16,12 @@ from typing import Any
 import torch
 from huggingface_hub.serialization._base import parse_size_to_int
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import PrefixChange, dot_natural_key, revert_weight_conversion
+from transformers.core_model_loading import (
+    PrefixChange,
+    build_glob_alternation,
+    dot_natural_key,
+    revert_weight_conversion,
+)
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from llm_recipes.checkpoints.shards import Box, Folder, write
@@ -37,6 +42,10 @@ def saved(model: Any) -> dict[str, torch.Tensor]:
     """What of a model on the meta device a folder on the hub holds, under the model's own names: of tied weights the
     one that is kept."""
     state = {name: each for name, each in model.state_dict().items() if isinstance(each, torch.Tensor)}
+    plan = model._get_dtype_plan(model.dtype)
+    if plan:  # what the model declares fp32 stays so, as in the folders on the hub
+        declared, _, _ = build_glob_alternation(list(plan))
+        state = {name: each.float() if declared.search(name) else each for name, each in state.items()}
     for name in model._keys_to_ignore_on_save or ():
         state.pop(name, None)
     return dict(remove_tied_weights_from_state_dict(state, model))

@@ -79,9 +79,11 @@ def test_an_export_is_what_transformers_writes(tmp_path: Path, family: str) -> N
     from transformers import AutoModelForCausalLM
 
     source = checkpoint(tmp_path / "model", family)
+    # From an ordinary folder: of one that torch wrote in shards transformers does not keep what must stay fp32.
+    AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).save_pretrained(tmp_path / "ordinary")
     for dtype in DTYPES:
         theirs = tmp_path / f"theirs {dtype}"
-        AutoModelForCausalLM.from_pretrained(source, dtype=dtype).save_pretrained(theirs)
+        AutoModelForCausalLM.from_pretrained(tmp_path / "ordinary", dtype=dtype).save_pretrained(theirs)
         ours = written(source, tmp_path / f"ours {dtype}", dtype)
         assert sorted(path.name for path in ours.iterdir()) == sorted(path.name for path in theirs.iterdir())
         assert tensors(ours) == tensors(theirs)
