@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -31,7 +32,8 @@ def started(pid: int) -> str | None:
 
 
 class Lock:
-    """Taken by the first rank before anything is written, until `release`.
+    """Taken by the first rank before anything is written, until `release`; its heart beats in a thread of its own,
+    also while a model takes minutes to load.
 
     Clocks of two hosts are not compared: another host's writer is alive if its file changes while we look.
     """
@@ -43,7 +45,10 @@ class Lock:
             "job": next((os.environ[name] for name in JOB_IDS if name in os.environ), None), "beats": 0,
         }  # fmt: skip
         self._made: list[Path] = []
-        self._last = 0.0
+        self._released = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.lost = False
+        """Whether another process has become the folder's writer."""
 
     def take(self, wait: Callable[[float], None] = time.sleep) -> None:
         """Become the folder's writer.
@@ -55,6 +60,8 @@ class Lock:
         self._made = make_folder(self.path.parent)
         for _ in range(3):
             if self._create():
+                self._thread = threading.Thread(target=self._live, name="lock", daemon=True)
+                self._thread.start()
                 return
             before = self._read()
             if before is not None and self._is_alive(before, wait):
@@ -80,7 +87,6 @@ class Lock:
                 return False
         finally:
             own.unlink()
-        self._last = time.monotonic()
         return True
 
     def _read(self) -> dict[str, Any] | None:
@@ -132,11 +138,12 @@ class Lock:
         except (OSError, ValueError, KeyError, TypeError):
             return True
 
+    def _live(self) -> None:
+        while not self.lost and not self._released.wait(BEATS_EVERY):
+            self.lost = not self.beat()
+
     def beat(self) -> bool:
-        """Show that we are alive, now and then; whether the folder is still ours."""
-        if time.monotonic() - self._last < BEATS_EVERY:
-            return True
-        self._last = time.monotonic()
+        """Show that we are alive; whether the folder is still ours."""
         if not self.is_ours():
             return False
         self._mine["beats"] += 1
@@ -150,6 +157,9 @@ class Lock:
 
     def release(self) -> None:
         """Leave the folder to others; where nothing was written, nothing is left."""
+        self._released.set()
+        if self._thread is not None:
+            self._thread.join()
         with contextlib.suppress(OSError):
             if self.is_ours():
                 self.path.unlink(missing_ok=True)

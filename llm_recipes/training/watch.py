@@ -127,7 +127,7 @@ class Guardian(Watch):
 
     def _look_around(self) -> None:
         """What one rank knows for all."""
-        if self.lock is not None and not self.lock.beat():
+        if self.lock is not None and self.lock.lost:
             print(f"error: {self.lock.path} is another's: {self.lock.owner()}; leaving", file=sys.stderr, flush=True)
             os._exit(STALLED)
         if self._stop_file.exists():
