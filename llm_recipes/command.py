@@ -194,7 +194,7 @@ def fail(error: UserError) -> None:
     sys.stdout.flush()
     forbid_restart()
     # A peer may wait in a collective that this rank will never join: leave without its teardown.
-    os._exit(EXIT_STATUS) if rank is not None and "torch" in sys.modules else sys.exit(EXIT_STATUS)
+    os._exit(EXIT_STATUS) if "torch" in sys.modules else sys.exit(EXIT_STATUS)
 
 
 def run_verb(verb: str, function: Callable[[Any], None]) -> None:

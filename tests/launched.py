@@ -186,6 +186,15 @@ class Place:
 
         wait_for(look, f"step {step} is done", seconds)
 
+    def wait_for_event(self, kind: str, number: int = 1, seconds: float = 120) -> None:
+        """Until there are so many of a kind, by a launch that lives."""
+
+        def look() -> bool:
+            assert self.launches[-1].process.poll() is None, self.launches[-1].said()[-5000:]
+            return len(self.events(kind)) >= number
+
+        wait_for(look, f"event '{kind}' for the {number}. time", seconds)
+
     def wait_for_more(self, steps: int, seconds: float = 60) -> None:
         """Until so many further ones are done, by whomever."""
         wanted = len(self.steps()) + steps

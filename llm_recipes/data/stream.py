@@ -8,7 +8,7 @@ Kinds of index, from the outside in:
 """
 
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -97,8 +97,8 @@ class GlobalBatches:
         self._rank_positions = lambda positions: rank_positions(positions, micro_batch_size, rank, ranks)
         self._loader_options: dict[str, Any] = {"num_workers": workers, "pin_memory": pin}
 
-    def __iter__(self) -> Iterator[list[Batch]]:
-        """One list of micro-batches per step."""
+    def __iter__(self) -> Generator[list[Batch], None, None]:
+        """One list of micro-batches per step. Closing it ends the processes that prepare them."""
         batches: DataLoader[Batch] = DataLoader(
             self.samples,
             batch_size=None,

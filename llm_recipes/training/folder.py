@@ -106,7 +106,8 @@ class RunFolder:
         return path.read_text(encoding="utf-8").strip() if path.exists() else self.id
 
     def open(self, contents: dict[str, Any]) -> None:
-        """Check that the folder is this run's, or can become so. Nothing is written yet.
+        """Check that the folder is this run's, or can become so. Nothing is written yet; what a crash left half-written
+        among the run's checkpoints is removed.
 
         Args:
             contents: what each source holds (`sources.contents`).
@@ -118,6 +119,8 @@ class RunFolder:
         if saved.exists():
             self._refuse_another_run(saved)
             self._refuse_other_corpora(contents)
+            manifest.clean(self.checkpoints)  # before one is chosen: it may give the newest its name
+            self._refuse_lost_checkpoints()
 
     def begin(self, kept: dict[str, Any]) -> None:
         """Make the folder this run's: its configuration, its environment, and `kept` by name as JSON.
@@ -202,13 +205,25 @@ class RunFolder:
             )
         if changed:
             log.warning("going on with a changed configuration: %s", shown)
-        if not manifest.checkpoints(self.checkpoints) and self.metrics.exists():
-            reached = max((row["step"] for row in metrics.read(self.metrics) if "event" not in row), default=0)
-            if reached >= min(self.config.checkpoint.every, before.get("checkpoint.every", reached)):
-                raise UserError(
-                    f"{self.checkpoints}: empty, though the run has reached step {reached}; bring its checkpoints "
-                    "back, or start anew under another run.name"
-                )
+
+    def _refuse_lost_checkpoints(self) -> None:
+        """A run that has had a checkpoint does not start anew. One that was killed before its first one does."""
+        if manifest.checkpoints(self.checkpoints) or not self.metrics.exists():
+            return
+        rows = metrics.read(self.metrics)
+        reached = max((row["step"] for row in rows if "event" not in row), default=0)
+        events = [row for row in rows if "event" in row]
+        if any(row["event"] == "checkpoint" or (row["event"] == "start" and row["step"] > 0) for row in events) or (
+            reached > 0 and not events  # nothing is known of its checkpoints
+        ):
+            raise UserError(
+                f"{self.checkpoints}: empty, though the run has reached step {reached}; bring its checkpoints "
+                "back, or start anew under another run.name"
+            )
+        if reached > 0:
+            log.warning(
+                "%s ended at step %d, before its first checkpoint was whole: it begins again", self.path, reached
+            )
 
     def _write(self, name: str, text: str) -> None:
         beside = self.path / f"{name}.partial"

@@ -1,7 +1,9 @@
 """One run from its configuration: what is checked, opened and proved, in that order, and then the loop."""
 
+import contextlib
 import logging
 import os
+from collections.abc import Generator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +16,7 @@ from llm_recipes.checkpoints import manifest, state
 from llm_recipes.config import PretrainConfig
 from llm_recipes.data import sources as corpora
 from llm_recipes.data import tokenizer as tokenizers
-from llm_recipes.data.stream import GlobalBatches, Samples
+from llm_recipes.data.stream import Batch, GlobalBatches, Samples
 from llm_recipes.data.validation import ValidationSet, open_validation
 from llm_recipes.errors import UserError
 from llm_recipes.models import causal, initial, loading, topology
@@ -185,8 +187,8 @@ class _Run:
         self._prove(lm, samples, step)
         batches = partial(self._batches, samples, lm)
         if config.dry_run:
-            training.batches = iter(batches(step, step + 1))
-            dry_run(training, config.checkpoint, self.folder, self.base, self.names)
+            with contextlib.closing(batches(step, step + 1)) as training.batches:
+                dry_run(training, config.checkpoint, self.folder, self.base, self.names)
             return
         place.on_first(partial(self._begin_folder, starts, plan))
         Trainer(
@@ -194,8 +196,8 @@ class _Run:
             self.data.stop, batches, self.base, account,
         ).go(fresh=found is None)  # fmt: skip
 
-    def _batches(self, samples: Samples, lm: CausalLM, start: int, stop: int) -> GlobalBatches:
-        return GlobalBatches(
+    def _batches(self, samples: Samples, lm: CausalLM, start: int, stop: int) -> Generator[list[Batch], None, None]:
+        batches = GlobalBatches(
             samples,
             self.data.spans.from_step(start, stop),
             self.config.train.micro_batch_size,
@@ -205,6 +207,7 @@ class _Run:
             self.config.data.workers,
             pin=self.place.device.type == "cuda",
         )
+        return iter(batches)
 
     def _open_folder(self) -> tuple[list[int], str, list[rollback.Rollback]]:
         """Where the mixture's stages start, which run this is, and how often it has gone back."""
@@ -214,7 +217,6 @@ class _Run:
             return wanted, self.folder.id, []
         self.lock.take()
         self.folder.open(corpora.contents(self.data.sources))
-        manifest.clean(self.folder.checkpoints)  # before one is chosen: it may bring the newest back
         account = rollback.read(self.folder.rollbacks)
         rollback.sweep(self.folder.checkpoints, account)
         return self.folder.stage_starts(wanted), self.folder.known_id(), account
@@ -252,7 +254,8 @@ class _Run:
 
     def _prove(self, lm: CausalLM, samples: Samples, step: int) -> None:
         """Everything that can be shown before the first step, on the batch that it will take."""
-        first = next(iter(self._batches(samples, lm, step, step + 1)))[0]
+        with contextlib.closing(self._batches(samples, lm, step, step + 1)) as batches:
+            first = next(batches)[0]
         batch = to_device(first, self.place.device)
         proofs.isolate_documents(lm, self.config.data.mask_documents)
         proofs.head_equals_logits(lm, batch)

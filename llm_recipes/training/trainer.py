@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ class Trainer:
     validation: list[ValidationSet]
     horizon: int
     stop: int
-    batches: Callable[[int, int], Iterable[list[Batch]]]
+    batches: Callable[[int, int], Generator[list[Batch], None, None]]
     base: Path
     account: list[rollback.Rollback]
 
@@ -115,8 +115,9 @@ class Trainer:
     def _steps(self) -> str | None:
         """Steps until the stop, a rollback, or the wish to stop; the reason for that."""
         training, config, start = self.training, self.config, self.training.progress.step
-        training.batches = iter(self.batches(start, self.stop))
-        with terminal.StepProgress(start, self.stop, self.place.is_first) as bar:
+        training.batches = batches = self.batches(start, self.stop)
+        # Closed: the processes that prepare batches end here, and are not waited for when this one ends.
+        with contextlib.closing(batches), terminal.StepProgress(start, self.stop, self.place.is_first) as bar:
             self.clock.restart(start)
             for step in train(training, self.stop):
                 self.clock.add(step)

@@ -26,8 +26,8 @@ from llm_recipes.training.lock import Lock
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 LOOKS_EVERY = 0.5
 """Seconds."""
-REPORT_AT = 0.8
-"""Of `run.stall_seconds`: every rank writes down where it stands; at the end of it they are compared."""
+REPORT_AT, JUDGE_AT = 0.7, 0.85
+"""Of `run.stall_seconds`: every rank writes down where it stands; then they are compared, and one is named in time."""
 STALLED = 3
 """The exit status of a run that hangs: not a user's mistake, so a launcher may start it again."""
 
@@ -151,7 +151,7 @@ class Guardian(Watch):
         if not self._reported:
             self._reported = True
             self._report(mine)
-        if quiet >= limit:
+        if quiet >= JUDGE_AT * limit:
             self._judge()
 
     def _report(self, path: Path) -> None:

@@ -13,18 +13,21 @@ pytestmark = pytest.mark.slow
 def test_torchrun_restarts_a_run_whose_rank_is_killed(
     place: Callable[..., Place], straight: Callable[..., Place]
 ) -> None:
-    """A rank in training, then the other one inside a save; the curve is bit for bit that of a run that nobody hurt."""
+    """A rank inside the first save, then the other one in training; the curve is that of a run that nobody hurt, bit
+    for bit."""
     run = place(train__steps=28)
     launch = run.launch(restarts=2)
-    run.wait_for_step(6)
-    os.kill(launch.all_ranks()[1], signal.SIGKILL)
-    wait_for(lambda: len(run.events("first_step")) == 2, "torchrun has started the ranks again")
-    first = launch.all_ranks()[0]
+    run.wait_for_event("first_step")
+    victim = launch.all_ranks()[1]
     run.wait_for_a_save()
-    os.kill(first, signal.SIGKILL)
+    os.kill(victim, signal.SIGKILL)
+    run.wait_for_event("first_step", 2)
+    victim = launch.all_ranks()[0]
+    run.wait_for_event("checkpoint")
+    os.kill(victim, signal.SIGKILL)
     assert launch.wait() == 0, launch.said()
     resumed = [each["step"] for each in run.events("start")]
-    assert len(resumed) == 3 and resumed[0] == 0 and all(step >= 4 and step % 4 == 0 for step in resumed[1:])
+    assert len(resumed) == 3 and resumed[0] == 0 and resumed[1] in (0, 4) and resumed[2] in range(4, 28, 4)
     assert list(run.curve()) == list(range(1, 29)) and run.curve() == straight(run).curve()
     assert not run.half_written()
 
@@ -34,7 +37,7 @@ def test_ranks_without_a_launcher_keep_the_folder_until_they_are_killed(
 ) -> None:
     run = place(train__steps=1000)
     first = run.launch("train.stop_at=999")
-    run.wait_for_step(6)
+    run.wait_for_event("checkpoint")
     orphans = first.all_ranks()
     os.kill(first.process.pid, signal.SIGKILL)
     run.wait_for_more(2)  # they train on: nobody has told them

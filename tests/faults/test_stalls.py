@@ -47,9 +47,9 @@ def test_torchrun_goes_on_after_each_stall(
     launch = run.launch(restarts=3, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="1")
     seconds = []
     for number, victim in enumerate((1, 0, 1)):
-        wait_for(lambda at=number: len(run.events("first_step")) > at, "it runs")  # type: ignore[misc]
+        run.wait_for_event("first_step", number + 1)
         seconds.append(stalled(run, victim, run.step() + 5 + number))
-    wait_for(lambda: len(run.events("first_step")) == 4, "it runs")
+    run.wait_for_event("first_step", 4)
     (run.run / "STOP").touch()
     assert launch.wait() == 0, launch.said()
     assert run.curve() == straight(run, stop=run.step()).curve()

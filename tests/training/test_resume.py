@@ -29,6 +29,20 @@ def run(config: Any) -> str | None:
     return None
 
 
+def warned(config: Any) -> list[str]:
+    """A whole run on this rank; what the run's folder was warned of."""
+    import logging
+
+    said: list[str] = []
+    ear = logging.Handler(logging.WARNING)
+    ear.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    room = logging.getLogger("llm_recipes.training.folder")
+    room.addHandler(ear)
+    assert run(config) is None
+    room.removeHandler(ear)
+    return said
+
+
 def watched(config: Any, steps: int) -> list[dict[str, Any]]:
     """A run whose batches are written down: per step, the positions and the tokens that this rank trained on."""
     from llm_recipes.training import trainer as room
@@ -180,6 +194,23 @@ def test_a_run_that_lost_its_checkpoints_does_not_start_anew(
     shutil.rmtree(folder / "run" / "checkpoints")
     [refused] = ranks(1, run, tiny.pretrain_config(folder, model))
     assert refused is not None and "empty, though the run has reached step 4" in refused
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_was_whole_begins_again(
+    ranks: Any, tiny_models: Any, workplace: Workplace
+) -> None:
+    folder, model = workplace("run"), tiny_models["mistral"]
+    ranks(1, run, tiny.pretrain_config(folder, model, train__stop_at=6))
+    expected, path = losses(folder), folder / "run" / "metrics.jsonl"
+    # As a kill leaves it while the save of step 4 is on its way.
+    last(folder, 6).rename(last(folder, 4).with_name("step-00000004.partial"))
+    shutil.rmtree(last(folder, 4))
+    (last(folder, 4).with_name("step-00000004.partial") / "manifest.json").unlink()
+    lines = [line for line in path.read_text().splitlines() if '"checkpoint"' not in line and '"finish"' not in line]
+    path.write_text("\n".join(lines) + "\n")
+    [[said]] = ranks(1, warned, tiny.pretrain_config(folder, model, train__stop_at=6))
+    assert said == f"{folder / 'run'} ended at step 6, before its first checkpoint was whole: it begins again"
+    assert losses(folder) == expected and last(folder, 6).is_dir()
 
 
 def test_what_a_crash_left_half_written_is_no_checkpoint(ranks: Any, tiny_models: Any, workplace: Workplace) -> None:
