@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import signal
 import subprocess
 import threading
 import time
@@ -30,13 +31,20 @@ def tell(on_event: str, event: dict[str, Any]) -> None:
             )
             with urllib.request.urlopen(request, timeout=SECONDS_TO_TELL):
                 return
-        done = subprocess.run(
-            on_event, shell=True, input=body + "\n", text=True, capture_output=True, timeout=SECONDS_TO_TELL,
+        # What it prints is its own affair: kept here, it could be any amount.
+        command = subprocess.Popen(
+            on_event, shell=True, text=True, start_new_session=True, stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             env=os.environ | {"LLM_RECIPES_EVENT": event["event"]},
         )  # fmt: skip
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["nothing said"])[-1]
-            log.warning("run.on_event: status %d (%s)", done.returncode, last)
+        try:
+            command.communicate(body + "\n", timeout=SECONDS_TO_TELL)
+        except subprocess.TimeoutExpired:
+            os.killpg(command.pid, signal.SIGKILL)  # with all that it has started
+            log.warning("run.on_event: not done after %d s, ended", SECONDS_TO_TELL)
+            return
+        if command.returncode:
+            log.warning("run.on_event: status %d", command.returncode)
     except Exception as error:
         log.warning("run.on_event: %s", error)
 

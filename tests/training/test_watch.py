@@ -132,14 +132,15 @@ class Listener(BaseHTTPRequestHandler):
 
 
 def test_events_are_told_to_a_command_and_to_a_webhook_and_neither_can_stop_a_run(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(events, "SECONDS_TO_TELL", 1)
     server = HTTPServer(("127.0.0.1", 0), Listener)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     path, copy = tmp_path / "metrics.jsonl", tmp_path / "copy"
     for whom in (
         f"(echo $LLM_RECIPES_EVENT; cat) >> {copy}", f"http://127.0.0.1:{server.server_port}/",
-        "echo it broke >&2; exit 3", "http://127.0.0.1:9/",
+        "yes; exit 3", "cat > /dev/null; exit 3", "http://127.0.0.1:9/",
     ):  # fmt: skip
         told = events.Events(metrics.Metrics(path), whom, tmp_path)
         told.write("rollback", 12, skipped=[3, 5], reason="日本語 'quoted'")
@@ -149,8 +150,10 @@ def test_events_are_told_to_a_command_and_to_a_webhook_and_neither_can_stop_a_ru
     kind, body = copy.read_text().split("\n", 1)
     assert kind == "rollback" and Listener.heard == [json.loads(body) | {"time": Listener.heard[0]["time"]}]
     assert Listener.heard[0]["run"] == str(tmp_path) and Listener.heard[0]["reason"] == "日本語 'quoted'"
-    assert [row["event"] for row in metrics.lines(path)] == ["rollback", "checkpoint"] * 4
-    assert "status 3 (it broke)" in caplog.text and "Connection refused" in caplog.text
+    assert [row["event"] for row in metrics.lines(path)] == ["rollback", "checkpoint"] * 5
+    assert (
+        "status 3" in caplog.text and "not done after 1 s, ended" in caplog.text and "Connection refused" in caplog.text
+    )
 
 
 def test_rows_wait_for_a_disk_that_refuses_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
