@@ -25,12 +25,18 @@ class Retired:
     keep_weights: bool
 
 
-def plan(root: Path, keep: int | None, keep_every: int | None) -> list[Retired]:
+def plan(root: Path, keep: int | None, keep_every: int | None, newest: int | None = None) -> list[Retired]:
     """What becomes of the checkpoints older than the newest `keep`: those at multiples of `keep_every` keep their
-    weights, if they have not lost the rest already; the others go."""
+    weights, if they have not lost the rest already; the others go.
+
+    Args:
+        newest: the step that was committed just now. What is past it was too damaged to go on from: it is left alone,
+            and takes no whole one's place.
+    """
     if keep is None:
         return []
-    old = manifest.checkpoints(root)[keep:]
+    own = (each for each in manifest.checkpoints(root) if newest is None or manifest.step_of(each) <= newest)
+    old = list(own)[keep:]
     kept = {each for each in old if keep_every is not None and manifest.step_of(each) % keep_every == 0}
     return [Retired(each, each in kept) for each in old if each not in kept or not manifest.weights_only(each)]
 
@@ -71,7 +77,10 @@ def convert(folder: Path, names: list[str], dtype: str | None) -> dict[str, Any]
         Their entries for the manifest.
     """
     done = {}
+    saved = manifest.read(folder)["files"]
     for name in names:
+        if manifest.checksum(folder / name) != saved[name]["xxh3_128"]:
+            raise OSError(f"{folder / name} does not match its checksum")
         target = _beside(folder) / name
         if dtype is not None:
             done[name] = shards.rewrite(folder / name, target, DTYPES[dtype])

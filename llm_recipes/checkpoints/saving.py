@@ -46,6 +46,7 @@ class _Save:
     moments: list[shards.Piece]
     absent: list[str]
     files: dict[str, str]
+    further: Callable[[], Mapping[str, str]]
     copied: threading.Event = field(default_factory=threading.Event)
     on_device: Any = None
     """CUDA event after which the copies are in host memory."""
@@ -116,20 +117,22 @@ class Saver:
         model: Any,
         optimizer: torch.optim.Optimizer,
         state: Mapping[str, Any],
-        files: Mapping[str, str],
+        files: Callable[[], Mapping[str, str]] | Mapping[str, str],
     ) -> None:
         """Begin to save; at most one save at a time. The weights may move again after `wait_for_copy`.
 
         Args:
             step: steps that are done.
             state: goes to `state.json`.
-            files: name and text of further files, on the first rank (configuration, environment).
+            files: name and text of further files, on the first rank (configuration, environment), or what reads them:
+                the disk may refuse, and then the save fails.
         """
         if self._current is not None:
             raise RuntimeError("a save is on its way: finish() comes first")
         moments, absent = optimizer_pieces(model, optimizer, self.topology.is_first)
-        texts = {**files, "state.json": json.dumps(dict(state), indent=2) + "\n"}
-        save = _Save(step, model_pieces(model, self.topology.is_first), moments, absent, texts)
+        texts = {"state.json": json.dumps(dict(state), indent=2) + "\n"}
+        further = files if callable(files) else partial(dict, files)
+        save = _Save(step, model_pieces(model, self.topology.is_first), moments, absent, texts, further)
         # What the thread needs of the model it gets now: the thread never touches it.
         texts["model/config.json"] = model.config.to_json_string()
         self._current = save
@@ -195,7 +198,10 @@ class Saver:
             outcome = Outcome(save.step, time.monotonic() - started, problem)
             if problem is None:
                 log.info("checkpoint %s, %.1f s", self.root / manifest.folder_name(save.step), outcome.seconds)
-                self._retire()
+                try:
+                    self._retire(save.step)
+                except RuntimeError as error:  # on all ranks; one that is damaged, for example: not worth a run
+                    log.warning("an old checkpoint cannot be retired: %s", error)
             save.outcome = outcome
         except BaseException as error:
             save.bug = error
@@ -213,7 +219,7 @@ class Saver:
             (beside / "model").mkdir(parents=True)
             (beside / "optimizer").mkdir()
             copy_model_files(self.base, beside / "model")
-            for name, text in save.files.items():
+            for name, text in {**save.further(), **save.files}.items():
                 (beside / name).write_text(text, encoding="utf-8")
             return manifest.describe(beside, manifest.files_in(beside))
 
@@ -267,11 +273,11 @@ class Saver:
                 raise RuntimeError(f"rank {rank}: {theirs}") from bug
         return [each for each, _, _ in answers], next((each for _, each, _ in answers if each is not None), None)
 
-    def _retire(self) -> None:
+    def _retire(self, step: int) -> None:
         """Old checkpoints go, or keep their weights alone, now that a newer one is there."""
         topology = self.topology
         found, problem = self._together(
-            (lambda: retention.plan(self.root, self.config.keep, self.config.keep_every))
+            (lambda: retention.plan(self.root, self.config.keep, self.config.keep_every, step))
             if topology.is_first
             else _nothing
         )

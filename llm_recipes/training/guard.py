@@ -127,14 +127,21 @@ class Guard:
                 found.append(LeftOut(step, name, loss, norm, (positions[0], positions[-1] + 1)))
         last = self._unread[-1][0]
         self._unread = []
-        trouble = [*self.recent, *(each for each in found if each.reason != NAMES[OVERFLOW])]
-        self.recent = [each for each in trouble if each.step > last - self.config.window]
+        # As if every step had been read by itself: whether and where a run goes back does not depend on when it is.
+        for each in found:
+            if each.reason != NAMES[OVERFLOW] and not self.too_many:
+                self.recent = [*self._within(each.step), each]
+        if not self.too_many:
+            self.recent = self._within(last)
         if self._overflows >= OVERFLOWS_IN_A_ROW:
             raise UserError(
                 f"step {last}: the gradient overflowed fp16 in {self._overflows} steps one after another, and no "
                 "update was made; use parallel.precision=bf16-mixed, or look at the data"
             )
         return found
+
+    def _within(self, last: int) -> list[LeftOut]:
+        return [each for each in self.recent if each.step > last - self.config.window]
 
     @property
     def too_many(self) -> bool:

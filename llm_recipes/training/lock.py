@@ -103,9 +103,13 @@ class Lock:
             return other.get("started") is not None and started(int(other["pid"])) == other["started"]
         for _ in range(int(DEAD_AFTER)):
             wait(1.0)
+            if not os.path.lexists(self.path):
+                return False
             now = self._read()
-            if now is None or now.get("id") != other.get("id") or now.get("beats") != other.get("beats"):
-                return now is not None
+            if now is None:
+                continue  # replaced as we read it: a sign of life, if any
+            if now.get("id") != other.get("id") or now.get("beats") != other.get("beats"):
+                return True
         return False
 
     def _bury(self, dead: dict[str, Any] | None) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_recipes.checkpoints import manifest, retention
+from llm_recipes.errors import UserError
 from llm_recipes.training.guard import LeftOut
 
 
@@ -42,13 +43,28 @@ def dump(account: Sequence[Rollback]) -> list[dict[str, Any]]:
 
 
 def read(path: Path) -> list[Rollback]:
-    return load(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else []
+    """The account so far.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    if not path.exists():
+        return []
+    try:
+        return load(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: damaged ({type(error).__name__}); bring it back, or remove it: then the account is the newest "
+            "checkpoint's"
+        ) from error
 
 
 def write(path: Path, account: Sequence[Rollback]) -> None:
     beside = path.with_name(path.name + ".partial")
     beside.write_text(json.dumps(dump(account), indent=2) + "\n", encoding="utf-8")
+    manifest.sync(beside)
     os.replace(beside, path)
+    manifest.sync(path.parent)
 
 
 def lr_factor(account: Sequence[Rollback]) -> float:

@@ -138,13 +138,14 @@ class Trainer:
                     return None
                 if crosses:
                     training.guard.restart()
-                every = config.validation.every
-                if step.number == self.horizon or (every is not None and step.number % every == 0):
-                    with self.clock.paused():
-                        self._validate()
-                if saves:
+                if saves:  # before anything else: a scheduler that wants its machines back does not wait for long
                     with self.clock.paused():
                         self._save(last or asked)
+                every = config.validation.every
+                due = step.number == self.horizon or (every is not None and step.number % every == 0)
+                if due and (last or not asked):
+                    with self.clock.paused():
+                        self._validate()
                 if asked:
                     return next(why for why in self.place.gather(self.watch.reason) if why is not None)
         return None
@@ -223,7 +224,7 @@ class Trainer:
         self._note(self.saver.finish())
         self.saver.start(
             step, self.lm.model, self.training.optimizer, self._state(),
-            self.folder.files_for_checkpoint() if self.place.is_first else {},
+            self.folder.files_for_checkpoint,
         )  # fmt: skip
         if not (wait or at_risk) and config.async_save:
             return
@@ -279,10 +280,10 @@ class Trainer:
                 f"{account}; the run has rolled back {len(self.account)} times (guard.max_rollbacks) and stops; {look}"
             )
         found = self.place.from_first([str(each) for each in rollback.target(self.folder.checkpoints, trouble)])
-        found = [each for each in map(Path, found) if manifest.damage(each, self.place, self.folder.id) is None][:1]
-        if not found:
+        whole = (each for each in map(Path, found) if manifest.damage(each, self.place, self.folder.id) is None)
+        target = next(whole, None)  # the others are not read
+        if target is None:
             raise UserError(f"{account}; there is no checkpoint to roll back to (checkpoint.every); {look}")
-        [target] = found
         entry = rollback.Rollback(step, manifest.step_of(target), (start, stop), config.guard.lr_factor, why)
         self.account.append(entry)
         self.place.on_first(self._write_down)

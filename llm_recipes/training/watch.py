@@ -26,6 +26,9 @@ from llm_recipes.training.lock import Lock
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 LOOKS_EVERY = 0.5
 """Seconds."""
+ONE_WISH = 2.0
+"""Seconds within which the same signal is the same wish: a scheduler signals every process of a job, and a launcher
+hands its own on to its ranks. Another signal, or a later one, is a second wish."""
 REPORT_AT, JUDGE_AT = 0.7, 0.85
 """Of `run.stall_seconds`: every rank writes down where it stands; then they are compared, and one is named in time."""
 STALLED = 3
@@ -69,7 +72,8 @@ class Guardian(Watch):
         self._reports = folder / "stalls" / launch
         self._beats, self._doing, self._last = 0, "starting", time.monotonic()
         self._reported = False
-        self._signals = 0
+        self._heard: tuple[int, float] | None = None
+        """The first signal, and when it came."""
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
 
@@ -118,11 +122,13 @@ class Guardian(Watch):
     def _hear(self, number: int) -> None:
         if number not in SIGNALS:
             return
-        self._signals += 1
-        name = signal.Signals(number).name
-        if self._signals > 1:
+        name, now = signal.Signals(number).name, time.monotonic()
+        if self._heard is not None and self._heard[0] == number and now - self._heard[1] < ONE_WISH:
+            return
+        if self._heard is not None:
             print(f"{name} again: leaving at once", file=sys.stderr, flush=True)
             os._exit(128 + number)
+        self._heard = (number, now)
         self.reason = name
 
     def _look_around(self) -> None:
@@ -130,7 +136,7 @@ class Guardian(Watch):
         if self.lock is not None and self.lock.lost:
             print(f"error: {self.lock.path} is another's: {self.lock.owner()}; leaving", file=sys.stderr, flush=True)
             os._exit(STALLED)
-        if self._stop_file.exists():
+        if os.path.exists(self._stop_file):  # which never raises: a network file system has its moments
             self.reason = self.reason or f"{self._stop_file} is there"
         limit = self.config.max_seconds
         if limit is not None and time.monotonic() - llm_recipes.STARTED + self.seconds_to_save() > limit:
@@ -174,7 +180,7 @@ class Guardian(Watch):
         reports = self._read_reports()
         if min(reports, default=self.topology.rank) < self.topology.rank:
             for _ in range(100):  # the lowest rank speaks; a launcher ends everybody when the first one leaves
-                if account.exists():
+                if os.path.exists(account):
                     break
                 self._ended.wait(0.1)
             os._exit(STALLED)

@@ -108,3 +108,24 @@ def test_a_second_signal_does_not_wait_for_a_save(place: Callable[..., Place]) -
     assert launch.wait() == 1
     assert "SIGUSR1 again: leaving at once" in launch.said() and f"exitcode  : {128 + signal.SIGUSR1} " in launch.said()
     assert not list(run.checkpoints.iterdir())
+
+
+def test_a_signal_to_torchrun_and_to_its_ranks_is_one_wish(place: Callable[..., Place]) -> None:
+    """As SLURM sends it to every process of a step; torchrun hands its own on to the ranks."""
+    run = place(train__steps=100_000, train__global_batch_size=40, checkpoint__every=1000)
+    launch = run.launch()
+    run.wait_for_step(3)
+    for pid in (*launch.all_ranks().values(), launch.process.pid):
+        os.kill(pid, signal.SIGTERM)
+    assert launch.wait() != 0  # torchrun's, whatever its ranks did
+    assert "leaving at once" not in launch.said() and "stopped at step" in launch.said(), launch.said()
+    assert [manifest.damage(each) for each in manifest.checkpoints(run.checkpoints)] == [None]
+
+
+def test_a_run_with_workers_leaves_when_it_is_stopped(place: Callable[..., Place]) -> None:
+    """Those that prepare batches hear no signals: somebody has to end them."""
+    run = place(train__steps=100_000, checkpoint__every=1000, data__workers=2)
+    launch = run.launch(ranks=None)
+    run.wait_for_step(3)
+    os.kill(launch.process.pid, signal.SIGTERM)
+    assert launch.wait(30) == 0, launch.said()

@@ -1,0 +1,303 @@
+"""What goes wrong at odd moments: a file system that answers strangely, a kill in the first save, a signal twice."""
+
+import errno
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from llm_recipes.checkpoints import manifest, retention
+from llm_recipes.config import GuardConfig, RunConfig
+from llm_recipes.errors import UserError
+from llm_recipes.telemetry import metrics
+from llm_recipes.training.guard import FINE, NOT_FINITE, Guard
+from llm_recipes.training.lock import Lock
+
+Workplace = Callable[[str], Path]
+
+
+def run(config: Any) -> str | None:
+    from llm_recipes.training.run import pretrain
+
+    try:
+        pretrain(config)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def kept(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "run" / "checkpoints").iterdir())
+
+
+def test_a_damaged_newer_checkpoint_takes_no_whole_one_s_place(
+    ranks: Any, tiny_models: Any, workplace: Workplace
+) -> None:
+    """keep=1, the newest is damaged, the run goes on from the one before and is preempted: its save must stay."""
+    folder, model = workplace("run"), tiny_models["mistral"]
+    assert ranks(1, run, tiny.pretrain_config(folder, model, train__stop_at=8)) == [None]
+    assert kept(folder) == ["step-00000004", "step-00000008"]
+    (folder / "run" / "checkpoints" / "step-00000008" / "manifest.json").write_text("{")
+    config = tiny.pretrain_config(folder, model, train__stop_at=6, checkpoint__keep=1)
+    assert ranks(1, run, config) == [None]
+    root = folder / "run" / "checkpoints"
+    assert [path.name for path in manifest.checkpoints(root) if manifest.damage(path) is None] == ["step-00000006"]
+    assert ranks(1, run, tiny.pretrain_config(folder, model)) == [None]
+
+
+def killed_in_first_save(config: Any) -> None:
+    """A process that is killed while its first checkpoint is still being written, some steps later."""
+    from llm_recipes.checkpoints import shards
+    from llm_recipes.training import trainer
+    from llm_recipes.training.run import pretrain
+
+    log = trainer.Trainer._log
+
+    def dying(self: Any, step: Any, bar: Any) -> None:
+        log(self, step, bar)
+        if step.number == 6:
+            os._exit(9)
+
+    trainer.Trainer._log = dying  # type: ignore[method-assign]
+    shards.write_pieces = lambda path, pieces: time.sleep(100) or {}  # type: ignore[assignment]
+    pretrain(config)
+
+
+def test_a_kill_inside_the_first_save_of_a_run_is_gone_on_from(
+    ranks: Any, tiny_models: Any, workplace: Workplace
+) -> None:
+    from ranks import FailedOnRank
+
+    folder, model = workplace("run"), tiny_models["mistral"]
+    with pytest.raises(FailedOnRank):
+        ranks(1, killed_in_first_save, tiny.pretrain_config(folder, model))
+    assert max(row["step"] for row in metrics.lines(folder / "run" / "metrics.jsonl")) == 6
+    assert ranks(1, run, tiny.pretrain_config(folder, model)) == [None]
+
+
+class Alone:
+    rank, ranks, is_first = 0, 1, True
+
+
+def guardian(folder: Path) -> Any:
+    from llm_recipes.training.watch import Guardian
+
+    return Guardian(
+        RunConfig(name="x", stall_seconds=None),
+        folder,
+        "now",
+        Alone(),
+        None,
+        lambda: 1.0,
+        lambda *_: None,  # type: ignore[arg-type]
+    )
+
+
+def test_a_folder_that_cannot_be_looked_into_does_not_make_a_run_deaf(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network file system answers ESTALE now and then."""
+    exists, trouble = Path.exists, [False]
+
+    def stale(self: Path) -> bool:
+        if trouble[0] and self.name == "STOP":
+            raise OSError(errno.ESTALE, "Stale file handle", str(self))
+        return exists(self)
+
+    monkeypatch.setattr(Path, "exists", stale)
+    with guardian(tmp_path) as watch:
+        trouble[0] = True
+        time.sleep(1.2)
+        trouble[0] = False
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(40):
+            time.sleep(0.05)
+            if watch.reason:
+                break
+        assert watch._thread.is_alive() and watch.reason == "SIGTERM"
+
+
+def test_the_same_signal_from_a_scheduler_and_from_its_launcher_is_one_wish(tmp_path: Path) -> None:
+    """SLURM signals every process of a step, and torchrun hands its own on to its workers."""
+    child = os.fork()
+    if child == 0:
+        with guardian(tmp_path) as watch:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.2)
+            os._exit(0 if watch.reason == "SIGTERM" else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_an_old_checkpoint_that_is_damaged_does_not_end_a_run(
+    ranks: Any, tiny_models: Any, workplace: Workplace
+) -> None:
+    folder, model = workplace("run"), tiny_models["mistral"]
+    config = tiny.pretrain_config(
+        folder, model, checkpoint__every=2, checkpoint__keep=1, checkpoint__keep_every=2,
+        checkpoint__keep_every_dtype="bfloat16",
+    )  # fmt: skip
+    assert ranks(2, run_with_spoiled_step_2, config) == [None] * 2
+    assert (folder / "run" / "checkpoints" / "step-00000008").is_dir()
+
+
+def run_with_spoiled_step_2(config: Any) -> str | None:
+    """Step 2's manifest is damaged once step 3 is done, before it is retired."""
+    from llm_recipes.training import trainer
+
+    log = trainer.Trainer._log
+
+    def spoiling(self: Any, step: Any, bar: Any) -> None:
+        log(self, step, bar)
+        if step.number == 3 and self.place.is_first:
+            (self.folder.checkpoints / "step-00000002" / "manifest.json").write_text("{")
+
+    trainer.Trainer._log = spoiling  # type: ignore[method-assign]
+    config.checkpoint.async_save = False
+    try:
+        return run(config)
+    finally:
+        trainer.Trainer._log = log  # type: ignore[method-assign]
+
+
+def test_weights_that_are_kept_for_good_are_those_that_were_saved(tmp_path: Path) -> None:
+    """Bits that turned since the save do not get a checksum of their own."""
+    from llm_recipes.checkpoints import shards
+
+    folder = tmp_path / "step-00000002"
+    (folder / "model").mkdir(parents=True)
+    box = shards.Box("a", torch.float32, (4,), (0,))
+    name = "model/shard-00001-model-00001-of-00001.safetensors"
+    entry = shards.write(folder / name, [box], [torch.ones(4)])
+    (folder / "model" / "config.json").write_text("{}")
+    files = {name: entry} | manifest.describe(folder, ["model/config.json"])
+    manifest.write(folder, {"step": 2, "files": files})
+    data = bytearray((folder / name).read_bytes())
+    data[-1] ^= 64
+    (folder / name).write_bytes(data)
+    with pytest.raises(OSError, match="checksum"):
+        names = retention.begin(folder, "bfloat16")
+        retention.commit(folder, retention.convert(folder, names, "bfloat16"))
+    assert manifest.damage(folder) is not None
+
+
+@pytest.mark.parametrize("every", [1, 4, 40])
+def test_what_is_skipped_does_not_depend_on_when_the_guard_is_read(every: int) -> None:
+    guard = Guard(GuardConfig(window=16, patience=3), torch.device("cpu"))
+    bad = (20, 22, 23, 25, 26)
+    for step in range(1, 41):
+        loss = torch.tensor(float("inf") if step in bad else 1.0)
+        verdict = guard.judge(loss, torch.tensor(1.0))
+        assert int(verdict) == (NOT_FINITE if step in bad else FINE)
+        guard.add(step, range(step * 2, step * 2 + 2), loss, torch.tensor(1.0), verdict)
+        if step % every == 0:
+            guard.read()
+            if guard.too_many:
+                break
+    assert guard.too_many and [each.step for each in guard.recent] == [20, 22, 23]
+
+
+def test_a_lock_that_cannot_be_read_for_a_moment_is_not_a_dead_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On NFS a file that was replaced is ESTALE to who had it open: a sign of life, if any."""
+    path = tmp_path / "lock.json"
+    content = {"id": "theirs", "host": "elsewhere", "pid": 7, "started": "1", "beats": 3}
+    path.write_text(json.dumps(content))
+    read_text, waited = Path.read_text, [0]
+
+    def stale(self: Path, *args: Any, **kwargs: Any) -> str:
+        if self == path and waited[0] == 4:
+            raise OSError(errno.ESTALE, "Stale file handle", str(self))
+        return read_text(self, *args, **kwargs)
+
+    def wait(seconds: float) -> None:
+        waited[0] += 1
+        if waited[0] == 5:
+            path.write_text(json.dumps(content | {"beats": 4}))
+
+    monkeypatch.setattr(Path, "read_text", stale)
+    with pytest.raises(UserError, match="process 7 on elsewhere is writing here"):
+        Lock(tmp_path).take(wait)
+    assert json.loads(path.read_text())["id"] == "theirs"
+
+
+def asked_where_it_validates(config: Any) -> tuple[list[str], str | None]:
+    """A run that is asked to stop in a step after which it would validate; what it did, in order."""
+    from llm_recipes.training import loop, trainer
+
+    did: list[str] = []
+    validate, save, to_device = trainer.Trainer._validate, trainer.Trainer._save, loop.to_device
+    seen = []
+
+    def sending(batch: Any, device: Any) -> Any:
+        seen.append(batch)
+        if len(seen) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1.0)
+        return to_device(batch, device)
+
+    def noting(name: str, work: Any) -> Any:
+        def noted(self: Any, *words: Any) -> Any:
+            did.append(f"{name} {self.training.progress.step}")
+            return work(self, *words)
+
+        return noted
+
+    trainer.Trainer._validate, trainer.Trainer._save = noting("validate", validate), noting("save", save)  # type: ignore[method-assign]
+    loop.to_device = sending
+    try:
+        return did, run(config)
+    finally:
+        trainer.Trainer._validate, trainer.Trainer._save = validate, save  # type: ignore[method-assign]
+        loop.to_device = to_device
+
+
+def test_who_is_asked_to_stop_saves_before_anything_else(ranks: Any, tiny_models: Any, workplace: Workplace) -> None:
+    """A scheduler gives half a minute; a validation may take many."""
+    config = tiny.pretrain_config(
+        workplace("run"), tiny_models["mistral"], validation__every=1, train__micro_batch_size=4
+    )
+    [(did, problem)] = ranks(1, asked_where_it_validates, config)
+    assert problem is None and did[-1] == "save 2" and "validate 2" not in did
+
+
+def unreadable_at_step_4(config: Any) -> str | None:
+    """Beside the checkpoints nothing of the run's folder can be read when the first save begins."""
+    read_text, failed = Path.read_text, []
+
+    def refusing(self: Path, *args: Any, **kwargs: Any) -> str:
+        if self.name == "environment.json" and not failed:
+            failed.append(self)
+            raise OSError(errno.EIO, "Input/output error", str(self))
+        return read_text(self, *args, **kwargs)
+
+    Path.read_text = refusing  # type: ignore[method-assign]
+    try:
+        return run(config)
+    finally:
+        Path.read_text = read_text  # type: ignore[method-assign]
+
+
+def test_a_disk_that_refuses_what_goes_along_fails_the_save_and_not_the_run(
+    ranks: Any, tiny_models: Any, workplace: Workplace
+) -> None:
+    folder = workplace("run")
+    config = tiny.pretrain_config(folder, tiny_models["mistral"], checkpoint__async_save=False)
+    assert ranks(2, unreadable_at_step_4, config) == [None] * 2
+    assert kept(folder)[-1] == "step-00000008"
+
+
+def test_an_account_that_is_damaged_is_one_line(ranks: Any, tiny_models: Any, workplace: Workplace) -> None:
+    folder, model = workplace("run"), tiny_models["mistral"]
+    assert ranks(1, run, tiny.pretrain_config(folder, model, train__stop_at=4)) == [None]
+    (folder / "run" / "rollbacks.json").write_text("")
+    [said] = ranks(1, run, tiny.pretrain_config(folder, model))
+    assert said is not None and "rollbacks.json: damaged" in said
