@@ -200,7 +200,7 @@ class RunConfig:
     allow_changes: bool = False
     """Continue a run although keys of its configuration changed."""
     max_seconds: float | None = None
-    """Save and leave in time, counted from the start of this process (a job's wall-clock limit)."""
+    """Save and leave in time, counted from the launch (a job's wall-clock limit); torchrun's restarts belong to it."""
     stall_seconds: float | None = 1800.0
     """Without progress for so long, name the rank that hangs, write down what each rank does, and leave. None: wait."""
     on_event: str | None = None

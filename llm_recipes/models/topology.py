@@ -67,6 +67,17 @@ def launched_rank() -> int | None:
     return found.rank if found.launcher else None
 
 
+def process_age(pid: int) -> float:
+    """Seconds since a process of this host began, as the kernel counts."""
+    ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    return float(Path("/proc/uptime").read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
+
+
+def launch_age() -> float:
+    """Seconds since the launch: torchrun outlives the processes that it starts again, and a job's limit is its own."""
+    return process_age(os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid())
+
+
 def forbid_restart() -> None:
     """Keep torchrun from starting everything again (`--max-restarts`) after a mistake that stays one: end it.
 

@@ -31,6 +31,14 @@ def started(pid: int) -> str | None:
     return None if fields[0] in "ZX" else fields[19]
 
 
+def pid_space() -> str | None:
+    """Two containers of one name may each have a process 7: which of the kernel's numberings this one's is."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return None
+
+
 class Lock:
     """Taken by the first rank before anything is written, until `release`; its heart beats in a thread of its own,
     also while a model takes minutes to load.
@@ -42,7 +50,8 @@ class Lock:
         self.path = folder / "lock.json"
         self._mine: dict[str, Any] = {
             "id": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid(), "started": started(os.getpid()),
-            "job": next((os.environ[name] for name in JOB_IDS if name in os.environ), None), "beats": 0,
+            "job": next((os.environ[name] for name in JOB_IDS if name in os.environ), None), "space": pid_space(),
+            "beats": 0,
         }  # fmt: skip
         self._made: list[Path] = []
         self._released = threading.Event()
@@ -97,8 +106,8 @@ class Lock:
         return found if isinstance(found, dict) else None
 
     def _is_alive(self, other: dict[str, Any], wait: Callable[[float], None]) -> bool:
-        if other.get("host") == self._mine["host"]:
-            if other.get("pid") == self._mine["pid"]:
+        if all(other.get(key) == self._mine[key] for key in ("host", "space")):
+            if all(other.get(key) == self._mine[key] for key in ("pid", "started")):
                 return False  # our own, of a run that ended in an error
             return other.get("started") is not None and started(int(other["pid"])) == other["started"]
         for _ in range(int(DEAD_AFTER)):

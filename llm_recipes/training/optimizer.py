@@ -64,9 +64,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
 
 
 def global_norm(parameters: Iterable[nn.Parameter], device: torch.device) -> torch.Tensor:
-    """Norm of the whole gradient, the same on every rank: squares are added up over the ranks that hold shards.
-
-    Parameters are grouped by mesh; over a mesh's replicas nothing is added.
+    """Norm of the whole gradient, the same on every rank to the last bit: squares are added up over all ranks, and of a
+    mesh's replicas the mean is taken. Parameters are grouped by mesh.
 
     Returns:
         fp32 scalar on the device.
@@ -83,7 +82,9 @@ def global_norm(parameters: Iterable[nn.Parameter], device: torch.device) -> tor
         norms = torch.stack(torch._foreach_norm(gradients, dtype=torch.float32))
         squares = norms.square().sum().to(device)
         if mesh is not None:
-            dist.all_reduce(squares, group=mesh["shard"].get_group())
+            # Over the replicas too, whose sums may differ in the last bit: the norm is one number on every rank.
+            dist.all_reduce(squares)
+            squares /= mesh.size() // mesh["shard"].size()
         total += squares
     return total.sqrt()
 

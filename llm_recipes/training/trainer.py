@@ -4,6 +4,7 @@ import bisect
 import contextlib
 import dataclasses
 import logging
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Generator
@@ -11,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import llm_recipes
 from llm_recipes.checkpoints import manifest, state
 from llm_recipes.checkpoints.saving import Outcome, Saver
 from llm_recipes.config import PretrainConfig
@@ -21,7 +21,7 @@ from llm_recipes.data.validation import ValidationSet
 from llm_recipes.errors import UserError
 from llm_recipes.evaluation import bits_per_byte
 from llm_recipes.models.causal import CausalLM
-from llm_recipes.models.topology import Topology
+from llm_recipes.models.topology import Topology, process_age
 from llm_recipes.telemetry import progress as terminal
 from llm_recipes.telemetry.events import Events
 from llm_recipes.telemetry.metrics import Metrics
@@ -151,7 +151,7 @@ class Trainer:
         return None
 
     def _age(self) -> float:
-        return time.monotonic() - llm_recipes.STARTED
+        return process_age(os.getpid())
 
     def _seconds_to_save(self) -> float:
         """Of a save and the step before it, with as much to spare. Before there was one: a slow disk's 100 MB/s."""

@@ -7,6 +7,7 @@ nothing moves any more: a main thread that waits in a collective hears and sees 
 import contextlib
 import faulthandler
 import json
+import logging
 import os
 import select
 import signal
@@ -18,10 +19,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import llm_recipes
 from llm_recipes.config import RunConfig
-from llm_recipes.models.topology import Topology
+from llm_recipes.models.topology import Topology, launch_age
 from llm_recipes.training.lock import Lock
+
+log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 LOOKS_EVERY = 0.5
@@ -115,9 +117,12 @@ class Guardian(Watch):
             ready, _, _ = select.select([self._ears], [], [], LOOKS_EVERY)
             for number in self._ears.recv(64) if ready else b"":
                 self._hear(number)
-            if self.topology.is_first:
-                self._look_around()
-            self._look_for_a_stall()
+            try:
+                if self.topology.is_first:
+                    self._look_around()
+                self._look_for_a_stall()
+            except Exception:  # whatever it is: without this thread a run is deaf
+                log.exception("the watch met an error, and goes on")
 
     def _hear(self, number: int) -> None:
         if number not in SIGNALS:
@@ -139,7 +144,7 @@ class Guardian(Watch):
         if os.path.exists(self._stop_file):  # which never raises: a network file system has its moments
             self.reason = self.reason or f"{self._stop_file} is there"
         limit = self.config.max_seconds
-        if limit is not None and time.monotonic() - llm_recipes.STARTED + self.seconds_to_save() > limit:
+        if limit is not None and launch_age() + self.seconds_to_save() > limit:
             self.reason = self.reason or f"run.max_seconds={limit:g} are nearly over"
 
     def _look_for_a_stall(self) -> None:

@@ -301,3 +301,102 @@ def test_an_account_that_is_damaged_is_one_line(ranks: Any, tiny_models: Any, wo
     (folder / "run" / "rollbacks.json").write_text("")
     [said] = ranks(1, run, tiny.pretrain_config(folder, model))
     assert said is not None and "rollbacks.json: damaged" in said
+
+
+def in_a_child(work: Callable[[], None]) -> int:
+    """The exit status of a forked process that does this; 0 where it comes through."""
+    child = os.fork()
+    if child == 0:
+        work()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def until(what: Callable[[], bool], seconds: float = 20) -> bool:
+    deadline = time.monotonic() + seconds
+    while not what() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return what()
+
+
+def test_a_signal_of_another_kind_ends_a_process_at_once(tmp_path: Path) -> None:
+    def twice() -> None:
+        with guardian(tmp_path) as watch:
+            os.kill(os.getpid(), signal.SIGTERM)
+            until(lambda: watch.reason == "SIGTERM")
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(20)
+
+    assert in_a_child(twice) == 128 + signal.SIGUSR1
+
+
+def test_a_process_whose_lock_is_taken_over_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llm_recipes.training.lock.BEATS_EVERY", 0.05)
+
+    def robbed() -> None:
+        lock = Lock(tmp_path)
+        lock.take()
+        watch = guardian(tmp_path)
+        watch.lock = lock
+        with watch:
+            while not lock.lost:  # a beat may be on its way
+                (tmp_path / "lock.json").write_text(json.dumps({"id": "another", "host": "elsewhere", "pid": 1}))
+                time.sleep(0.1)
+            time.sleep(20)
+
+    assert in_a_child(robbed) == 3
+
+
+def refused_commit(config: Any) -> tuple[str | None, list[str]]:
+    """A run whose folder is another's when its checkpoint is to get its name; what the manifests were written into."""
+    from llm_recipes.training import trainer
+
+    write, mine, seen = manifest.write, trainer.Lock.is_ours, []
+    manifest.write = lambda folder, content: seen.append(folder.name) or write(folder, content)
+    trainer.Lock.is_ours = lambda self: False  # type: ignore[method-assign]
+    try:
+        return run(config), seen
+    finally:
+        manifest.write, trainer.Lock.is_ours = write, mine  # type: ignore[method-assign]
+
+
+def test_nothing_is_committed_into_a_folder_that_is_another_s(
+    ranks: Any, tiny_models: Any, workplace: Workplace
+) -> None:
+    folder = workplace("run")
+    config = tiny.pretrain_config(folder, tiny_models["mistral"], checkpoint__async_save=False)
+    for problem, seen in ranks(2, refused_commit, config):
+        assert problem is not None and "another process has taken the run's folder over" in problem and seen == []
+    assert kept(folder) == []
+
+
+def where_manifests_go(config: Any) -> tuple[str | None, list[str]]:
+    write, seen = manifest.write, []
+    manifest.write = lambda folder, content: seen.append(folder.name) or write(folder, content)
+    try:
+        return run(config), seen
+    finally:
+        manifest.write = write
+
+
+def test_a_checkpoint_gets_its_name_after_its_manifest(ranks: Any, tiny_models: Any, workplace: Workplace) -> None:
+    folder = workplace("run")
+    config = tiny.pretrain_config(folder, tiny_models["mistral"], checkpoint__async_save=False)
+    [(problem, seen)] = ranks(1, where_manifests_go, config)
+    assert problem is None and seen == ["step-00000004.partial", "step-00000008.partial"]
+
+
+def test_checkpoints_of_a_course_that_was_given_up_are_swept_at_the_start(tmp_path: Path) -> None:
+    """Killed between the account and the sweep: the newer checkpoint lacks the rollback that it lies behind."""
+    from llm_recipes.training import rollback
+
+    account = [rollback.Rollback(8, 4, (20, 30), 1.0, {"loss_spike": 3})]
+    for step, known in ((4, []), (6, []), (10, rollback.dump(account))):
+        folder = tmp_path / manifest.folder_name(step)
+        folder.mkdir()
+        (folder / "state.json").write_text(json.dumps({"rollbacks": known}))
+    assert [path.name for path in rollback.given_up(tmp_path, account)] == ["step-00000006"]
+    rollback.write(tmp_path / "rollbacks.json", account)
+    assert rollback.read(tmp_path / "rollbacks.json") == account
+    rollback.sweep(tmp_path, account)
+    assert [manifest.step_of(path) for path in manifest.checkpoints(tmp_path)] == [10, 4]

@@ -17,7 +17,7 @@ import tiny
 
 from llm_recipes.errors import UserError
 from llm_recipes.telemetry import events, metrics
-from llm_recipes.training.lock import DEAD_AFTER, Lock
+from llm_recipes.training.lock import DEAD_AFTER, Lock, pid_space, started
 from llm_recipes.training.watch import account_of
 
 Workplace = Callable[[str], Path]
@@ -32,7 +32,8 @@ def dead_process() -> int:
 def written(folder: Path, **facts: Any) -> Path:
     """Somebody's lock."""
     path = folder / "lock.json"
-    path.write_text(json.dumps({"id": "theirs", "host": socket.gethostname(), "started": "1", "beats": 3} | facts))
+    here = {"host": socket.gethostname(), "space": pid_space()}
+    path.write_text(json.dumps({"id": "theirs", **here, "started": "1", "beats": 3} | facts))
     return path
 
 
@@ -51,7 +52,11 @@ def test_a_folder_has_one_writer_and_is_free_again_after_it(tmp_path: Path) -> N
 
 
 def test_the_lock_of_a_dead_process_is_taken_over_and_of_one_that_reuses_its_number_too(tmp_path: Path) -> None:
-    for facts in ({"pid": dead_process()}, {"pid": 1, "started": "another time"}, {"pid": os.getpid()}):
+    for facts in (
+        {"pid": dead_process()},
+        {"pid": 1, "started": "another time"},
+        {"pid": os.getpid(), "started": started(os.getpid())},
+    ):
         written(tmp_path, **facts)
         lock = Lock(tmp_path)
         lock.take()
@@ -267,8 +272,6 @@ def test_a_run_whose_folder_another_process_writes_is_refused(
     (folder / "run").mkdir()
     alive = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
-        from llm_recipes.training.lock import started
-
         written(folder / "run", pid=alive.pid, started=started(alive.pid))
         found = ranks(2, run, tiny.pretrain_config(folder, tiny_models["mistral"]))
     finally:
