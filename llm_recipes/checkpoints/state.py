@@ -131,8 +131,9 @@ def newest_intact(root: Path, topology: Topology, run_id: str | None = None) -> 
         log.warning("%s is damaged: %s; looking at the one before it", each, problem)
     if there:
         kept = sum(weights_only for _, weights_only in there)
+        why = f"{kept} hold weights only, {len(there) - kept} are damaged" if kept else "damaged"
         raise UserError(
-            f"{root}: none of its {len(there)} checkpoints can be resumed from ({kept} hold weights only, the others "
-            "are damaged); bring one back, or start anew under another run.name"
+            f"{root}: none of its {len(there)} checkpoints can be resumed from ({why}); bring one back, or start anew "
+            "under another run.name"
         )
     return None

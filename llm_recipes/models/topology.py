@@ -4,9 +4,11 @@ Ranks come from torchrun, srun or mpirun; without a launcher there is one proces
 torch is imported where it is used: `launched_rank` must answer before anything heavy is loaded.
 """
 
+import functools
 import os
 import re
 import signal
+import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -73,9 +75,16 @@ def process_age(pid: int) -> float:
     return float(Path("/proc/uptime").read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
 
 
+@functools.cache
+def _launched() -> float:
+    """When the launch was, by the monotonic clock. Asked once: after torchrun has died the parent is another."""
+    launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
+    return time.monotonic() - process_age(launcher)
+
+
 def launch_age() -> float:
     """Seconds since the launch: torchrun outlives the processes that it starts again, and a job's limit is its own."""
-    return process_age(os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid())
+    return time.monotonic() - _launched()
 
 
 def forbid_restart() -> None:
@@ -91,6 +100,7 @@ def forbid_restart() -> None:
     except OSError:
         return
     if b"torchrun" in command or b"torch.distributed" in command or b"torch/distributed" in command:
+        print("(torchrun gets a SIGTERM now, so that it does not try again)", file=sys.stderr, flush=True)
         os.kill(launcher, signal.SIGTERM)
 
 

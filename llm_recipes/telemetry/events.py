@@ -15,8 +15,8 @@ from llm_recipes.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-TOLD = ("left_out", "rollback", "save_failed", "stop", "stall", "finish", "error")
-"""Events that `run.on_event` hears of."""
+TOLD = ("left_out", "rollback", "save_failed", "stop", "stall", "finish")
+"""Events that `run.on_event` hears of; an error it hears of too, from whoever meets it."""
 SECONDS_TO_TELL = 20
 
 

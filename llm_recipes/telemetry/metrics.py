@@ -49,6 +49,15 @@ class Metrics:
                     log.warning("%s cannot be written (%s): its rows wait", self.path, error)
                 del self._waiting[:-MOST_WAITING]
 
+    def close(self) -> None:
+        """Try once more, and say what is lost."""
+        with self._lock:
+            try:
+                if self._waiting:
+                    self._flush()
+            except OSError as error:
+                log.warning("%s cannot be written (%s): %d rows are lost", self.path, error, len(self._waiting))
+
     def _flush(self) -> None:
         if self._torn is None:
             # A crash, or a full disk, may have cut the last row off: the next one begins on a line of its own.

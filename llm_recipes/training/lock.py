@@ -109,7 +109,8 @@ class Lock:
         if all(other.get(key) == self._mine[key] for key in ("host", "space")):
             if all(other.get(key) == self._mine[key] for key in ("pid", "started")):
                 return False  # our own, of a run that ended in an error
-            return other.get("started") is not None and started(int(other["pid"])) == other["started"]
+            pid, began = other.get("pid"), other.get("started")
+            return isinstance(pid, int) and began is not None and started(pid) == began
         for _ in range(int(DEAD_AFTER)):
             wait(1.0)
             if not os.path.lexists(self.path):
@@ -138,8 +139,9 @@ class Lock:
         aside.unlink()
 
     def owner(self) -> str:
+        """What has become of it."""
         found = self._read()
-        return _who(found) if found else "nobody's"
+        return f"is another's: {_who(found)}" if found else "is gone: the run's folder was deleted or moved"
 
     def is_ours(self) -> bool:
         """False only where the file says so: a file system that does not answer is no reason to give up."""

@@ -105,7 +105,11 @@ def _course(folder: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _what(row: dict[str, Any]) -> str:
-    facts = {key: value for key, value in row.items() if key not in ("step", "event", "time", "ranks_at")}
+    facts = {
+        key: float(f"{value:.4g}") if isinstance(value, float) else value
+        for key, value in row.items()
+        if key not in ("step", "event", "time") and not (row["event"] == "stall" and key == "ranks")
+    }
     return ", ".join(f"{key} {json.dumps(value, ensure_ascii=False)}" for key, value in facts.items())[:300]
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Generator
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,7 @@ from llm_recipes.errors import UserError
 from llm_recipes.models import causal, initial, loading, topology
 from llm_recipes.models.causal import CausalLM
 from llm_recipes.telemetry import progress as terminal
+from llm_recipes.telemetry.events import tell
 from llm_recipes.training import optimizer as optim
 from llm_recipes.training import proofs, rollback, schedule
 from llm_recipes.training.dry_run import dry_run
@@ -31,6 +33,7 @@ from llm_recipes.training.lock import Lock
 from llm_recipes.training.loop import Training, to_device
 from llm_recipes.training.objective import NextToken
 from llm_recipes.training.trainer import Trainer, resume
+from llm_recipes.training.watch import early_signals
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +113,18 @@ def pretrain(config: PretrainConfig) -> None:
         UserError: a mistake in the configuration, the model folder or the data.
     """
     me = topology.launch()
+    try:
+        with early_signals():
+            _pretrain(config, me)
+    except Exception as error:
+        if me.rank == 0 and config.run.on_event is not None:
+            folder = RunFolder(config).path
+            message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            tell(config.run.on_event, {"event": "error", "run": str(folder), "time": time.time(), "message": message})
+        raise
+
+
+def _pretrain(config: PretrainConfig, me: topology.Launch) -> None:
     terminal.start_logging(me.rank == 0)
     loading.quiet_libraries()
     if config.train.deterministic:

@@ -111,6 +111,7 @@ class Trainer:
         finally:
             self.tracker.close()
             self.events.close()
+            self.metrics.close()
 
     def _steps(self) -> str | None:
         """Steps until the stop, a rollback, or the wish to stop; the reason for that."""

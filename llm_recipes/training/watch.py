@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,31 @@ REPORT_AT, JUDGE_AT = 0.7, 0.85
 """Of `run.stall_seconds`: every rank writes down where it stands; then they are compared, and one is named in time."""
 STALLED = 3
 """The exit status of a run that hangs: not a user's mistake, so a launcher may start it again."""
+
+
+_early: list[int] = []
+"""Signals that came before a `Guardian` was there."""
+
+
+@contextlib.contextmanager
+def early_signals() -> Iterator[None]:
+    """From here on SIGUSR1 is a wish to stop, also while a model takes minutes to load: it is granted after the first
+    step, and a second one ends the process. SIGTERM ends it: there is nothing to save yet, and by it launchers end
+    the ranks that wait for one that died."""
+
+    def hear(number: int, frame: Any) -> None:
+        if _early:
+            os._exit(128 + number)
+        _early.append(number)
+
+    _early.clear()
+    on_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGUSR1, hear) if on_main else None
+    try:
+        yield
+    finally:
+        if on_main:
+            signal.signal(signal.SIGUSR1, before)
 
 
 class Watch:
@@ -91,8 +116,12 @@ class Guardian(Watch):
             self._before = {each: signal.signal(each, lambda *_: None) for each in SIGNALS}
             signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False)
         self._last = time.monotonic()
+        for number in _early:
+            self._hear(number)
         if self.topology.is_first:
             self._look_around()
+        if self.reason is not None:
+            log.warning("%s: there will be one step, a save, and the end", self.reason)
         self._thread.start()
         return self
 
@@ -110,7 +139,7 @@ class Guardian(Watch):
         """The wish was granted: the next launch goes on."""
         if self.topology.is_first:
             with contextlib.suppress(OSError):
-                self._stop_file.unlink(missing_ok=True)
+                self._stop_file.rmdir() if self._stop_file.is_dir() else self._stop_file.unlink(missing_ok=True)
 
     def _look(self) -> None:
         while not self._ended.is_set():
@@ -139,7 +168,7 @@ class Guardian(Watch):
     def _look_around(self) -> None:
         """What one rank knows for all."""
         if self.lock is not None and self.lock.lost:
-            print(f"error: {self.lock.path} is another's: {self.lock.owner()}; leaving", file=sys.stderr, flush=True)
+            print(f"error: {self.lock.path} {self.lock.owner()}; leaving", file=sys.stderr, flush=True)
             os._exit(STALLED)
         if os.path.exists(self._stop_file):  # which never raises: a network file system has its moments
             self.reason = self.reason or f"{self._stop_file} is there"

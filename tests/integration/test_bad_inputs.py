@@ -333,7 +333,7 @@ PRETRAIN: list[Case] = [
     (NONE, "outputs/mine/stages.json: damaged", resumable(write("outputs/mine/stages.json", "5"))),
     (
         NONE,
-        "none of its 1 checkpoints can be resumed from (0 hold weights only, the others are damaged); bring one back",
+        "none of its 1 checkpoints can be resumed from (damaged); bring",
         resumable(write("outputs/mine/checkpoints/step-00000001/manifest.json", "[]")),
     ),
     (

@@ -400,3 +400,62 @@ def test_checkpoints_of_a_course_that_was_given_up_are_swept_at_the_start(tmp_pa
     assert rollback.read(tmp_path / "rollbacks.json") == account
     rollback.sweep(tmp_path, account)
     assert [manifest.step_of(path) for path in manifest.checkpoints(tmp_path)] == [10, 4]
+
+
+def asked_while_it_loads(config: Any) -> str | None:
+    """A run that gets SIGUSR1 before its model is there."""
+    from llm_recipes.models import causal
+
+    build = causal.build
+
+    def asking(*words: Any, **named: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return build(*words, **named)
+
+    causal.build = asking
+    try:
+        return run(config)
+    finally:
+        causal.build = build
+
+
+def test_a_wish_to_stop_while_a_model_loads_is_granted_after_the_first_step(
+    ranks: Any, tiny_models: Any, workplace: Workplace
+) -> None:
+    folder = workplace("run")
+    assert ranks(2, asked_while_it_loads, tiny.pretrain_config(folder, tiny_models["mistral"])) == [None] * 2
+    assert kept(folder) == ["step-00000001"]
+    assert ranks(2, run, tiny.pretrain_config(folder, tiny_models["mistral"])) == [None] * 2
+
+
+def crashing(config: Any) -> str:
+    from llm_recipes.training import trainer
+    from llm_recipes.training.run import pretrain
+
+    log = trainer.Trainer._log
+
+    def breaking(self: Any, step: Any, bar: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    trainer.Trainer._log = breaking  # type: ignore[method-assign]
+    try:
+        pretrain(config)
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        trainer.Trainer._log = log  # type: ignore[method-assign]
+    return ""
+
+
+def test_a_crash_and_a_refused_start_are_told(ranks: Any, tiny_models: Any, workplace: Workplace) -> None:
+    folder = workplace("run")
+    heard = folder / "heard"
+    told = {"run__on_event": f"cat >> {heard}"}
+    config = tiny.pretrain_config(folder, tiny_models["mistral"], **told)
+    assert ranks(1, crashing, config) == ["out of memory"]
+    config = tiny.pretrain_config(folder, tiny_models["mistral"], optim__lr=1e-5, **told)
+    [refused] = ranks(1, run, config)
+    assert refused is not None and "belongs to another configuration" in refused
+    events = [json.loads(line) for line in heard.read_text().splitlines()]
+    assert [event["event"] for event in events] == ["error", "error"]
+    assert events[0]["message"] == "RuntimeError: out of memory" and events[1]["message"] == refused
