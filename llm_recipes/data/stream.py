@@ -20,6 +20,8 @@ from llm_recipes.data.mixture import Mixture
 from llm_recipes.data.sources import Source
 from llm_recipes.errors import UserError
 
+SECONDS_AFTER_SIGTERM = 60
+
 Batch = dict[str, torch.Tensor]
 """`input_ids`, `position_ids`, `targets`, `document_ids`: int64 (sequences, seq_len);
 `source`, `position`: int64 (sequences,)."""
@@ -127,9 +129,11 @@ class GlobalBatches:
 
 def _leave_signals_to_the_main_process(worker: int) -> None:
     """A scheduler signals every process of a job. It is the main process that decides to stop, and until it has saved
-    it needs its batches: a worker that died of the signal would take the run along. It ends with its parent anyway."""
+    it needs its batches: a worker that died of the signal would take the run along. After SIGTERM, by which Python ends
+    what is left at exit, it goes on for as long as reading a step's batches may take, and no longer."""
     signal.set_wakeup_fd(-1)
-    for each in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS_AFTER_SIGTERM))
+    for each in (signal.SIGUSR1, signal.SIGINT):
         signal.signal(each, signal.SIG_IGN)
 
 
