@@ -1,5 +1,6 @@
 """A run's account of itself, read from its folder: its course, what happened, and the text behind a step."""
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from llm_recipes.data.stream import Samples
 from llm_recipes.errors import UserError
 from llm_recipes.telemetry import metrics
 from llm_recipes.telemetry.progress import console, duration, show_table
+from llm_recipes.training import rollback
+from llm_recipes.training.schedule import BatchSpans
 
 
 def report(config: ReportConfig) -> None:
@@ -116,7 +119,7 @@ def _what(row: dict[str, Any]) -> str:
 def _samples(folder: Path, found: Sequence[dict[str, Any]], asked: ReportConfig) -> None:
     """The text of a step's samples, document by document."""
     config = _configuration(folder)
-    positions = _positions(config, found, asked)
+    positions = _positions(config, found, asked, [each.skipped for each in rollback.read(folder / "rollbacks.json")])
     base = tokenizers.resolve(config.model.path, "model.path", config.model.trust_remote_code)
     tokenizer = tokenizers.open_tokenizer(base, config.model.trust_remote_code)
     from llm_recipes.training.run import open_data
@@ -148,15 +151,23 @@ def _configuration(folder: Path) -> PretrainConfig:
     return config
 
 
-def _positions(config: PretrainConfig, found: Sequence[dict[str, Any]], asked: ReportConfig) -> list[int]:
+def _positions(
+    config: PretrainConfig,
+    found: Sequence[dict[str, Any]],
+    asked: ReportConfig,
+    skipped: Sequence[tuple[int, int]],
+) -> list[int]:
     """The samples of a step: an event names them; a logged step tells where its batch ended."""
-    from llm_recipes.training.schedule import BatchSpans
-
     for row in found:
         if "samples" in row:
             return list(range(*row["samples"]))
     for row in found:
         if "consumed_samples" in row:
             size = BatchSpans(config.train.global_batch_size, config.train.batch_warmup).size_of(row["step"] - 1)
-            return list(range(row["consumed_samples"] - size, row["consumed_samples"]))
+            before = (
+                at
+                for at in range(row["consumed_samples"] - 1, -1, -1)
+                if not any(start <= at < stop for start, stop in skipped)
+            )
+            return sorted(itertools.islice(before, size))
     raise UserError(f"step={asked.step}: its samples are not written down; a logged step's are (logging.every)")
