@@ -89,16 +89,18 @@ def test_a_checkpoint_of_any_layout_is_read_on_any_other_bit_for_bit(
     ranks: Any, models: dict[str, Path], tmp_path: Path, family: str
 ) -> None:
     folder = str(models[family])
-    for layout, (number, _) in LAYOUTS.items():
+    # How copies of shards are saved is the same for every family.
+    layouts = {name: each for name, each in LAYOUTS.items() if family == "mistral" or not each[1]}
+    for layout, (number, _) in layouts.items():
         (tmp_path / layout).mkdir()
         ranks(number, save, folder, str(tmp_path / layout), layout)
-    expected = {layout: contents(tmp_path / layout) for layout in LAYOUTS}
+    expected = {layout: contents(tmp_path / layout) for layout in layouts}
     if family == "some without a gradient":
         assert all(absent for _, absent in expected.values())
-    for layout, (number, _) in LAYOUTS.items():
-        roots = [(str(tmp_path / source), str(tmp_path / f"{source} on {layout}")) for source in LAYOUTS]
+    for layout, (number, _) in layouts.items():
+        roots = [(str(tmp_path / source), str(tmp_path / f"{source} on {layout}")) for source in layouts]
         for _, target in roots:
             Path(target).mkdir()
         ranks(number, load_and_save, folder, roots, layout)
-        for source in LAYOUTS:
+        for source in layouts:
             assert contents(tmp_path / f"{source} on {layout}") == expected[source], (source, layout)

@@ -32,6 +32,7 @@ def test_torchrun_restarts_a_run_whose_rank_is_killed(
     assert not run.half_written()
 
 
+@pytest.mark.faults
 def test_ranks_without_a_launcher_keep_the_folder_until_they_are_killed(
     place: Callable[..., Place], straight: Callable[..., Place]
 ) -> None:

@@ -110,6 +110,7 @@ def test_a_second_signal_does_not_wait_for_a_save(place: Callable[..., Place]) -
     assert not list(run.checkpoints.iterdir())
 
 
+@pytest.mark.faults
 def test_a_signal_to_torchrun_and_to_its_ranks_is_one_wish(place: Callable[..., Place]) -> None:
     """As SLURM sends it to every process of a step; torchrun hands its own on to the ranks."""
     run = place(train__steps=100_000, train__global_batch_size=40, checkpoint__every=1000)
@@ -122,6 +123,7 @@ def test_a_signal_to_torchrun_and_to_its_ranks_is_one_wish(place: Callable[..., 
     assert [manifest.damage(each) for each in manifest.checkpoints(run.checkpoints)] == [None]
 
 
+@pytest.mark.faults
 def test_a_run_with_workers_leaves_when_it_is_stopped(place: Callable[..., Place]) -> None:
     """Those that prepare batches hear no signals: somebody has to end them."""
     run = place(train__steps=100_000, checkpoint__every=1000, data__workers=2)
