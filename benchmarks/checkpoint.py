@@ -101,7 +101,7 @@ def done(at: float) -> Pending:
 
 def ours(training: Ours, saver: Saver, wait: bool, folder: Path) -> Pending:
     saver.root = folder
-    saver.start(1, training.lm.model, training.training.optimizer, {"step": 1}, {})
+    saver.start(1, training.lm.model, training.training.optimizer, {"step": 1}, dict)
     begun = time.perf_counter()
 
     def finish() -> float:

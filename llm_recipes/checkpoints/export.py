@@ -20,8 +20,6 @@ from llm_recipes.models import loading
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
 
 def export(config: ExportConfig) -> Path:
     """Write a checkpoint's model as a folder that `from_pretrained` opens.
@@ -44,7 +42,7 @@ def export(config: ExportConfig) -> Path:
     if output.resolve().is_relative_to(checkpoint.resolve()):
         raise UserError(f"output={output}: inside the checkpoint; name a folder elsewhere")
     try:
-        model, parts = open_model(checkpoint / "model", DTYPES[config.dtype])
+        model, parts = open_model(checkpoint / "model", shards.NAMED_DTYPES[config.dtype])
         card = model_card(checkpoint, config.dtype)
     except Exception as error:  # a broken file is met by whatever line reads it
         reason = str(error) if isinstance(error, UserError) else first_line(error)

@@ -10,11 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from llm_recipes.checkpoints import manifest, shards
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -43,10 +39,15 @@ def plan(root: Path, keep: int | None, keep_every: int | None, newest: int | Non
 
 def remove(folder: Path) -> None:
     """Remove a checkpoint; under its final name a half-deleted one would look damaged."""
+    shutil.rmtree(_aside(folder))
+
+
+def _aside(folder: Path) -> Path:
+    """Take a checkpoint's name away."""
     doomed = folder.with_name(folder.name + manifest.DELETED)
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
-    shutil.rmtree(doomed)
+    return doomed
 
 
 def _beside(folder: Path) -> Path:
@@ -83,26 +84,25 @@ def convert(folder: Path, names: list[str], dtype: str | None) -> dict[str, Any]
             raise OSError(f"{folder / name} does not match its checksum")
         target = _beside(folder) / name
         if dtype is not None:
-            done[name] = shards.rewrite(folder / name, target, DTYPES[dtype])
+            done[name] = shards.rewrite(folder / name, target, shards.NAMED_DTYPES[dtype])
             continue
         try:
             os.link(folder / name, target)
+            done[name] = saved[name]
         except OSError:  # not every file system has links
             shutil.copyfile(folder / name, target)
-        done |= manifest.describe(_beside(folder), [name])
+            done |= manifest.describe(_beside(folder), [name])
     return done
 
 
 def commit(folder: Path, weights: dict[str, Any]) -> None:
     """Put the copy in the checkpoint's place. If it is interrupted in between, `manifest.clean` completes it."""
     partial = _beside(folder)
-    content = json.loads((folder / manifest.MANIFEST).read_text(encoding="utf-8"))
+    content = manifest.read(folder)
     others = [name for name in manifest.files_in(partial) if name not in weights]
     files = weights | manifest.describe(partial, others)
     manifest.write(partial, content | {"files": dict(sorted(files.items())), "weights_only": True})
-    doomed = folder.with_name(folder.name + manifest.DELETED)
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.rename(folder, doomed)
+    doomed = _aside(folder)
     os.rename(partial, folder)
     manifest.sync(folder.parent)
     shutil.rmtree(doomed)

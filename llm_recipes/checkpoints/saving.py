@@ -77,8 +77,6 @@ class Saver:
     ) -> None:
         self.root, self.base, self.config, self.run_id = root, base, config, run_id
         self.topology = topology
-        self.committed: int | None = None
-        """Step of the newest checkpoint that this process has seen committed."""
         self.longest = 0.0
         """Seconds of the longest save so far."""
         self._may_commit = may_commit
@@ -117,22 +115,21 @@ class Saver:
         model: Any,
         optimizer: torch.optim.Optimizer,
         state: Mapping[str, Any],
-        files: Callable[[], Mapping[str, str]] | Mapping[str, str],
+        files: Callable[[], Mapping[str, str]],
     ) -> None:
         """Begin to save; at most one save at a time. The weights may move again after `wait_for_copy`.
 
         Args:
             step: steps that are done.
             state: goes to `state.json`.
-            files: name and text of further files, on the first rank (configuration, environment), or what reads them:
-                the disk may refuse, and then the save fails.
+            files: gives name and text of further files (configuration, environment), on the first rank: the disk may
+                refuse to read them, and then the save fails.
         """
         if self._current is not None:
             raise RuntimeError("a save is on its way: finish() comes first")
         moments, absent = optimizer_pieces(model, optimizer, self.topology.is_first)
         texts = {"state.json": json.dumps(dict(state), indent=2) + "\n"}
-        further = files if callable(files) else partial(dict, files)
-        save = _Save(step, model_pieces(model, self.topology.is_first), moments, absent, texts, further)
+        save = _Save(step, model_pieces(model, self.topology.is_first), moments, absent, texts, files)
         # What the thread needs of the model it gets now: the thread never touches it.
         texts["model/config.json"] = model.config.to_json_string()
         self._current = save
@@ -173,8 +170,6 @@ class Saver:
             raise RuntimeError(f"checkpoint of step {save.step}: {save.bug}") from save.bug
         assert save.outcome is not None
         self.longest = max(self.longest, save.outcome.seconds)
-        if save.outcome.problem is None:
-            self.committed = save.step
         return save.outcome
 
     def _copy(self, save: _Save) -> None:
@@ -273,19 +268,20 @@ class Saver:
                 raise RuntimeError(f"rank {rank}: {theirs}") from bug
         return [each for each, _, _ in answers], next((each for _, each, _ in answers if each is not None), None)
 
+    def _on_first(self, work: Callable[[], Any]) -> tuple[Any, str | None]:
+        """As `_together`, on the first rank alone; what it gave is everybody's."""
+        results, problem = self._together(work if self.topology.is_first else _nothing)
+        return results[0], problem
+
     def _retire(self, step: int) -> None:
         """Old checkpoints go, or keep their weights alone, now that a newer one is there."""
-        topology = self.topology
-        found, problem = self._together(
-            (lambda: retention.plan(self.root, self.config.keep, self.config.keep_every, step))
-            if topology.is_first
-            else _nothing
-        )
-        for each in found[0] or ():
+        config = self.config
+        plan, problem = self._on_first(lambda: retention.plan(self.root, config.keep, config.keep_every, step))
+        for each in plan or ():
             if each.keep_weights:
                 trouble = self._slim(each.folder)
             else:
-                _, trouble = self._together(partial(retention.remove, each.folder) if topology.is_first else _nothing)
+                _, trouble = self._on_first(partial(retention.remove, each.folder))
             problem = problem or trouble
         if problem is not None:
             log.warning("an old checkpoint cannot be retired: %s", problem)  # not worth a run
@@ -293,26 +289,17 @@ class Saver:
     def _slim(self, folder: Path) -> str | None:
         """Leave of a checkpoint its weights, in the dtype for evaluation; every rank converts some of the files."""
         topology, dtype = self.topology, self.config.keep_every_dtype
-        found, problem = self._together((lambda: retention.begin(folder, dtype)) if topology.is_first else _nothing)
+        names, problem = self._on_first(lambda: retention.begin(folder, dtype))
         if problem is not None:
             return problem
-        names = found[0]
         mine = names[topology.rank :: topology.ranks]
         found, problem = self._together(lambda: retention.convert(folder, mine, dtype))
         if problem is not None:
             return problem
         files = {name: entry for each in found for name, entry in each.items()}
-        _, problem = self._together((lambda: retention.commit(folder, files)) if topology.is_first else _nothing)
+        _, problem = self._on_first(lambda: retention.commit(folder, files))
         return problem
 
 
 def _nothing() -> None:
     """What the other ranks do while the first one works."""
-
-
-def save(saver: Saver, *what: Any) -> Outcome:
-    """Save, and wait for it."""
-    saver.start(*what)
-    outcome = saver.finish()
-    assert outcome is not None
-    return outcome

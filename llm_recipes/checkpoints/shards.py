@@ -23,6 +23,8 @@ DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
+NAMED_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+"""As the configuration names those that weights are converted to."""
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 CHUNK = 1 << 24
 """Bytes read or written at once."""

@@ -123,9 +123,9 @@ def newest_intact(root: Path, topology: Topology, run_id: str | None = None) -> 
     Raises:
         UserError: there are checkpoints, and none will do.
     """
-    there = topology.from_first([(str(path), manifest.weights_only(path)) for path in manifest.checkpoints(root)])
+    there = topology.on_first(lambda: [(each, manifest.weights_only(each)) for each in manifest.checkpoints(root)])
     for each in (path for path, weights_only in there if not weights_only):
-        problem = manifest.damage(Path(each), topology, run_id)
+        problem = manifest.damage(each, topology, run_id)
         if problem is None:
             return Path(each)
         log.warning("%s is damaged: %s; looking at the one before it", each, problem)

@@ -140,20 +140,21 @@ class Mixture:
         self.names = list(names)
         self.sizes = list(sizes)
         self.seed = seed
-        self.starts = [start for start, _ in stages]
+        self._starts = [start for start, _ in stages]
         self._shares = [Shares(weights, (seed, number)) for number, (_, weights) in enumerate(stages)]
         self._carried = [[0] * len(self.names)]
-        for number, (start, end) in enumerate(zip(self.starts[:-1], self.starts[1:], strict=True)):
+        for number, (start, end) in enumerate(zip(self._starts[:-1], self._starts[1:], strict=True)):
             given = self._shares[number].counts(end - start)
             self._carried.append([a + b for a, b in zip(self._carried[-1], given, strict=True)])
 
-    def _stage(self, sample: int) -> int:
-        return bisect.bisect_right(self.starts, sample) - 1
+    def stage_of(self, sample: int) -> int:
+        """Number of the stage that a global sample belongs to."""
+        return bisect.bisect_right(self._starts, sample) - 1
 
     def place(self, sample: int) -> Place:
         """Where global sample `sample` stands."""
-        stage = self._stage(sample)
-        source, number = self._shares[stage].at(sample - self.starts[stage])
+        stage = self.stage_of(sample)
+        source, number = self._shares[stage].at(sample - self._starts[stage])
         number += self._carried[stage][source]
         epoch, within = divmod(number, self.sizes[source])
         order = keys(self.seed, self.names[source], epoch)
@@ -163,6 +164,6 @@ class Mixture:
         """How many of the first `samples` samples each source gives."""
         if samples == 0:
             return [0] * len(self.names)
-        stage = self._stage(samples - 1)
-        given = self._shares[stage].counts(samples - self.starts[stage])
+        stage = self.stage_of(samples - 1)
+        given = self._shares[stage].counts(samples - self._starts[stage])
         return [a + b for a, b in zip(self._carried[stage], given, strict=True)]

@@ -38,7 +38,7 @@ def dry_run(training: Training, config: CheckpointConfig, folder: RunFolder, bas
     root = place.on_first(lambda: trial.enter_context(folder.trial()))
     try:
         saver = Saver(root, base, config, place)
-        saver.start(1, policy.model, training.optimizer, {"step": 1}, {})
+        saver.start(1, policy.model, training.optimizer, {"step": 1}, dict)
         outcome = saver.finish()
         if outcome is None or outcome.problem is not None:
             raise UserError(f"{root}: a checkpoint cannot be saved ({outcome and outcome.problem}); see run.dir")

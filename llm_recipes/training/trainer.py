@@ -1,6 +1,5 @@
 """One launch of a run: its steps, and between them what is logged, validated, saved, taken back, and how it ends."""
 
-import bisect
 import contextlib
 import dataclasses
 import logging
@@ -162,10 +161,7 @@ class Trainer:
     def _crosses_a_stage(self, step: Step) -> bool:
         """Whether the next step takes samples of another mixture."""
         following = self.training.spans.positions(step.number)
-        return self._stage(step.positions[-1]) != self._stage(following[-1])
-
-    def _stage(self, position: int) -> int:
-        return bisect.bisect_right(self.mixture.starts, position)
+        return self.mixture.stage_of(step.positions[-1]) != self.mixture.stage_of(following[-1])
 
     def _log(self, step: Step, bar: terminal.StepProgress) -> None:
         row = figures(step, self.training, self.mixture.names)
@@ -280,8 +276,8 @@ class Trainer:
             raise UserError(
                 f"{account}; the run has rolled back {len(self.account)} times (guard.max_rollbacks) and stops; {look}"
             )
-        found = self.place.from_first([str(each) for each in rollback.target(self.folder.checkpoints, trouble)])
-        whole = (each for each in map(Path, found) if manifest.damage(each, self.place, self.folder.id) is None)
+        found = self.place.on_first(lambda: rollback.target(self.folder.checkpoints, trouble))
+        whole = (each for each in found if manifest.damage(each, self.place, self.folder.id) is None)
         target = next(whole, None)  # the others are not read
         if target is None:
             raise UserError(f"{account}; there is no checkpoint to roll back to (checkpoint.every); {look}")

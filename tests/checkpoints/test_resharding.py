@@ -55,7 +55,7 @@ def save(folder: str, root: str, layout: str) -> None:
         adam.step()
         adam.zero_grad()
     own = saver(root, folder, place)
-    own.start(2, model, adam, {"step": 2}, {})
+    own.start(2, model, adam, {"step": 2}, dict)
     assert own.finish().problem is None
 
 
@@ -69,7 +69,7 @@ def load_and_save(folder: str, roots: list[tuple[str, str]], layout: str) -> Non
             parameter.data.fill_(-7.0)
         state.restore(Path(source) / "step-00000002", model, adam)
         own = saver(target, folder, place)
-        own.start(2, model, adam, {"step": 2}, {})
+        own.start(2, model, adam, {"step": 2}, dict)
         assert own.finish().problem is None
 
 

@@ -198,7 +198,7 @@ def save_and_load(folder: str, root: str) -> dict[str, float]:
     saver = Saver(Path(root), Path(folder), CheckpointConfig(), place)
 
     def saving() -> None:
-        saver.start(1, lm.model, adam, {"step": 1}, {})
+        saver.start(1, lm.model, adam, {"step": 1}, dict)
         assert saver.finish().problem is None  # type: ignore[union-attr]
 
     saved = peak(saving)

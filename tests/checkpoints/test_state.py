@@ -38,7 +38,7 @@ def saving(folder: str, root: str, marks: str) -> None:
         with torch.no_grad():
             for parameter in lm.model.parameters():
                 parameter.fill_(float(step))
-        saver.start(step, lm.model, adam, {"step": step, "position": step}, {})
+        saver.start(step, lm.model, adam, {"step": step, "position": step}, dict)
         saver.wait_for_copy()
         with torch.no_grad():
             for parameter in lm.model.parameters():
