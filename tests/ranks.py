@@ -61,6 +61,7 @@ def serve(number: int, calls: Connection) -> None:
         os.environ["LOCAL_WORLD_SIZE"] = str(ranks)
         try:
             dist.init_process_group("gloo", init_method=f"file://{store}", rank=number, world_size=ranks)
+            dist.barrier()  # a function that talks to nobody would leave while another rank still connects
             answer = (call(file, name, arguments), None)
         except BaseException:
             answer = (None, traceback.format_exc())

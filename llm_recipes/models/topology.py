@@ -227,6 +227,8 @@ def start(config: ParallelConfig) -> Topology:
     from torch.distributed.device_mesh import init_device_mesh
 
     me = launch()
+    # Judged before the processes meet: who leaves while another still connects is a broken connection to that one.
+    shape, names = mesh_shape(config, me.ranks, hosts=max(1, me.ranks // _local_size(me)))
     on_cuda = torch.cuda.is_available()
     # A launcher may show each process a GPU of its own, and no other.
     alone = torch.cuda.device_count() == 1 and "SLURM_JOB_GPUS" in os.environ and me.launcher == "srun"
@@ -258,7 +260,6 @@ def start(config: ParallelConfig) -> Topology:
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise UserError(f"the {me.ranks} processes did not meet at {where} ({first_line(error)})", False) from error
 
-    shape, names = mesh_shape(config, me.ranks, hosts=max(1, me.ranks // _local_size(me)))
     return Topology(
         rank=me.rank,
         ranks=me.ranks,
