@@ -260,21 +260,24 @@ def _open_dataset(name: str, config: TokenizeConfig) -> Any:
     return dataset
 
 
-def open_inputs(config: TokenizeConfig) -> list[Input]:
-    """Everything that `input` names, in its order; the files of a glob are sorted.
+def open_inputs(config: TokenizeConfig, key: str = "input") -> list[Input]:
+    """Everything that `config.input` names, in its order; the files of a glob are sorted.
+
+    Args:
+        key: what the user calls it.
 
     Raises:
         UserError: one is missing, empty, named twice, or has no column of text.
     """
     entries = config.input if isinstance(config.input, list) else [config.input]
-    names = [name for entry in entries for name in _expand(str(entry), config)]
+    names = [name for entry in entries for name in _expand(str(entry), config, key)]
     if not names:
-        raise UserError("input: names nothing; give files, a glob, or a datasets name")
+        raise UserError(f"{key}: names nothing; give files, a glob, or a datasets name")
     seen: set[str] = set()
     for name in names:
         real = str(Path(name).resolve()) if Path(name).exists() else name
         if real in seen:
-            raise UserError(f"input: {name} is named twice")
+            raise UserError(f"{key}: {name} is named twice")
         seen.add(real)
     inputs = [_open(name, config) for name in names]
     if config.config is not None and not any(isinstance(each, SavedRows) for each in inputs):
@@ -282,20 +285,20 @@ def open_inputs(config: TokenizeConfig) -> list[Input]:
     return inputs
 
 
-def _expand(entry: str, config: TokenizeConfig) -> list[str]:
+def _expand(entry: str, config: TokenizeConfig, key: str) -> list[str]:
     if Path(entry).exists() or config.format == "datasets":
         return [entry]
     if glob.has_magic(entry):
         found = sorted(path for path in glob.glob(entry, recursive=True) if Path(path).is_file())
         if not found:
-            raise UserError(f"input={entry}: no file matches")
+            raise UserError(f"{key}={entry}: no file matches")
         return found
     # Below a folder that is there, a name without its file is a slip, not a dataset of the hub.
     folder, _, last = entry.partition("/")
     on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", entry) and not Path(folder).is_dir()
     if config.format == "auto" and not re.search(r"\.(jsonl?|parquet|gz|zst)$", last) and (on_hub or config.config):
         return [entry]
-    raise UserError(f"input={entry}: no such file")
+    raise UserError(f"{key}={entry}: no such file")
 
 
 def _open(name: str, config: TokenizeConfig) -> Input:

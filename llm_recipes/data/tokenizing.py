@@ -6,25 +6,16 @@ document's ids are, and `reading` for what a row is.
 """
 
 import math
-import multiprocessing
-import os
-import signal
-import threading
-import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
-from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from llm_recipes.config import TokenizeConfig
 from llm_recipes.data.backends import Disagreement, prepared_json
@@ -34,15 +25,12 @@ from llm_recipes.data.rows import Block
 from llm_recipes.data.sidecar import Sidecar
 from llm_recipes.data.token_file import TokenFileWriter, smallest_dtype
 from llm_recipes.data.tokenizer import bos_of, eod_of, fingerprint, open_tokenizer, vocabulary_size
+from llm_recipes.data.workers import in_order, worthwhile
 from llm_recipes.errors import UserError
+from llm_recipes.telemetry.meter import Meter, say
 
-BLOCKS_PER_WORKER = 3
-BYTES_PER_WORKER = 4 << 20
-"""Another process is worth its start from about so much input."""
 SAMPLED_INPUTS = 8
 SAMPLE_CHARACTERS = 200_000
-LINE_SECONDS = 10.0
-"""How often progress is a line, where it cannot be a bar."""
 
 
 @dataclass
@@ -102,12 +90,8 @@ def tokenize(config: TokenizeConfig, console: Console | None = None) -> Summary:
     except Disagreement as error:
         if config.backend == "fastokens":
             raise UserError(f"backend=fastokens: {error}; backend=auto would fall back to tokenizers") from error
-        _say(console, f"{error}: starting again with tokenizers")
+        say(console, f"{error}: starting again with tokenizers")
     return _run(inputs, replace(recipe, backend="tokenizers"), tokenizer, config, console)
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def make_recipe(tokenizer: Any, config: TokenizeConfig) -> Recipe:
@@ -164,7 +148,7 @@ def _choose_backend(recipe: Recipe, inputs: list[Input], config: TokenizeConfig,
     except Disagreement as error:
         if config.backend == "fastokens":
             raise UserError(f"backend=fastokens: {error}; backend=auto would fall back to tokenizers") from error
-        _say(console, f"{error}: using tokenizers")
+        say(console, f"{error}: using tokenizers")
         return replace(recipe, backend="tokenizers")
     return recipe
 
@@ -186,19 +170,20 @@ def _compare_start(encoder: Encoder, block: Block) -> None:
 def _run(inputs: list[Input], recipe: Recipe, tokenizer: Any, config: TokenizeConfig, console: Console) -> Summary:
     """Tokenize everything with one backend; on any exception nothing is left behind."""
     total = sum(source.size for source in inputs)
-    workers = config.workers or min(len(os.sched_getaffinity(0)), 1 + total // BYTES_PER_WORKER)
+    workers = config.workers or worthwhile(total)
     skipped: Counter[str] = Counter()
     referred: Counter[str] = Counter()
     with _writing(config.output):
         writer = TokenFileWriter(config.output, np.dtype(recipe.dtype))
     try:
-        with Meter(total, console) as meter, closing(_encoded(inputs, recipe, workers, skipped)) as results:
+        results = _encoded(inputs, recipe, workers, skipped)
+        with Meter("tokenizing", total, console) as meter, closing(results):
             for encoded, done in results:
                 skipped.update(encoded.skipped)
                 referred.update(encoded.referred)
                 with _writing(config.output):
                     writer.append(encoded.tokens, encoded.lengths, encoded.text_bytes)
-                meter.show(done, writer)
+                meter.show(done, f"{writer.documents:,} documents, {writer.tokens:,} tokens", writer.bytes)
         if writer.documents == 0:
             reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "no rows"
             raise UserError(f"{config.output}: no document is left of the input ({reasons})")
@@ -209,7 +194,7 @@ def _run(inputs: list[Input], recipe: Recipe, tokenizer: Any, config: TokenizeCo
         writer.abort()
         raise
     for reason, count in referred.items():
-        _say(console, f"fastokens refused {count:,} texts, encoded by tokenizers in its place: {reason}")
+        say(console, f"fastokens refused {count:,} texts, encoded by tokenizers in its place: {reason}")
     return Summary(
         output=config.output,
         documents=writer.documents,
@@ -269,110 +254,24 @@ def _encoded(
             else:
                 skipped[block.reason] += 1
 
-    if workers == 1:
-        encoder = Encoder(recipe)
-        for block, done in blocks():
-            yield encoder.encode_block(block), done
-        return
-    # Spawned, not forked: this process has imported torch and has threads.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (recipe,))
-    waiting: deque[tuple[Future[Encoded], int]] = deque()
-    supply = blocks()
     try:
-        while True:
-            for block, done in islice(supply, workers * BLOCKS_PER_WORKER - len(waiting)):
-                waiting.append((pool.submit(_encode_block, block), done))
-            if not waiting:
-                return
-            future, done = waiting.popleft()
-            yield future.result(), done
+        yield from in_order(blocks(), _encode_block, workers, _start_worker, (recipe,))
     except BrokenProcessPool as error:
         raise UserError(
             f"a worker process died (for lack of memory, perhaps): try fewer than workers={workers}, "
             "or backend=tokenizers"
         ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 _encoder: Encoder | None = None
-"""Of this worker process."""
+"""Of this process."""
 
 
 def _start_worker(recipe: Recipe) -> None:
-    """Make a worker process ready: one thread, one encoder, and no life of its own."""
     global _encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends the pool
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
-    for name in ("RAYON_NUM_THREADS", "FASTOKENS_BPE_THREADS"):
-        os.environ[name] = "1"
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _encoder = Encoder(recipe)
-
-
-def _end_with(sentinel: int) -> None:
-    """A killed parent must not leave workers that wait for blocks for ever."""
-    wait([sentinel])
-    os._exit(1)
 
 
 def _encode_block(block: Block) -> Encoded:
     assert _encoder is not None
     return _encoder.encode_block(block)
-
-
-class Meter:
-    """Progress with rate and time left: a bar on a terminal, now and then a line elsewhere.
-
-    Args:
-        total: bytes of input.
-        console: where to show it.
-    """
-
-    def __init__(self, total: int, console: Console) -> None:
-        self._total = max(1, total)
-        self._console = console
-        self._started = self._last = time.monotonic()
-        self._bar: Progress | None = None
-        self.seconds = 0.0
-        """From the start until the end, or until now."""
-        if console.is_terminal:
-            columns = (
-                TextColumn("tokenizing"),
-                BarColumn(),
-                TaskProgressColumn(),
-                TextColumn("{task.fields[rate]}"),
-                TimeRemainingColumn(),
-            )
-            self._bar = Progress(*columns, console=console)
-            self._task = self._bar.add_task("", total=self._total, rate="")
-
-    def __enter__(self) -> Self:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def show(self, done: int, writer: TokenFileWriter) -> None:
-        """Show how far the work is.
-
-        Args:
-            done: bytes of input whose documents are written.
-        """
-        now = time.monotonic()
-        self.seconds = max(now - self._started, 1e-9)
-        rate = (
-            f"{writer.documents:,} documents, {writer.tokens:,} tokens, {writer.bytes / 1e6 / self.seconds:,.1f} MB/s"
-        )
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done, rate=rate)
-        elif now - self._last >= LINE_SECONDS:
-            self._last = now
-            left = self.seconds * (self._total - done) / max(1, done)
-            line = f"tokenizing: {100 * done / self._total:.0f}%, {rate}, {left:.0f} s left"
-            _say(self._console, line)

@@ -24,13 +24,14 @@ from rich.console import Console
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from llm_recipes.config import TokenizeConfig
-from llm_recipes.data import reading, tokenizing
+from llm_recipes.data import reading, tokenizing, workers
 from llm_recipes.data.backends import Disagreement, FastokensBackend, TokenizersBackend, prepared_json
 from llm_recipes.data.encoding import EMPTY, Encoder, Recipe
 from llm_recipes.data.rows import BROKEN_JSON, NO_TEXT, Block
 from llm_recipes.data.token_file import TokenFile, TokenFileWriter, checksum
 from llm_recipes.data.tokenizer import fingerprint
 from llm_recipes.errors import UserError
+from llm_recipes.telemetry import meter
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}"
@@ -604,13 +605,13 @@ def test_only_a_few_blocks_are_under_way(tmp_path: Path, folder: Path, monkeypat
     monkeypatch.setattr(tokenizing.Meter, "show", show)
     run(tmp_path, folder, [{"text": text} for text in many_texts(400)], workers=2, backend="tokenizers")
     assert finished > 50
-    assert most <= 2 * tokenizing.BLOCKS_PER_WORKER + 1
+    assert most <= 2 * workers.WAITING_PER_WORKER + 1
 
 
 def test_progress_is_lines_where_there_is_no_terminal(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenizing, "LINE_SECONDS", 0.0)
+    monkeypatch.setattr(meter, "LINE_SECONDS", 0.0)
     _, _, said = run(tmp_path, folder, [{"text": "日本語"}])
     assert said.startswith("tokenizing: 100%, 1 documents, ")
     assert said.endswith("0 s left\n")
