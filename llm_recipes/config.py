@@ -101,6 +101,9 @@ class TrainConfig:
     seed: int = 0
     deterministic: bool = False
     """On CUDA: deterministic algorithms, so that a resumed run is the same bit for bit."""
+    trainable: str = choice("all", "embeddings", "new_embeddings")
+    """`embeddings`: the input embedding and the output head alone. `new_embeddings`: of these the rows alone that
+    extending the vocabulary has added, and without weight decay."""
 
 
 @dataclass

@@ -91,6 +91,8 @@ class Saver:
         for each in model_pieces(model, self.topology.is_first):
             self._buffer(each.names[0], each)
         for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
             each = shards.piece([name], parameter, self.topology.is_first)
             for key in ("exp_avg", "exp_avg_sq"):
                 self._buffer(f"{name}.{key}", each)

@@ -90,7 +90,7 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
     absent = set(manifest.read(folder)["without_optimizer_state"])
     optimizer.state.clear()
     for name, parameter in model.named_parameters():
-        if name in absent:
+        if name in absent or not parameter.requires_grad:
             continue
         local = parameter.detach()
         optimizer.state[parameter] = {moment: torch.zeros_like(local) for moment in MOMENTS}

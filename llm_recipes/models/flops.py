@@ -3,6 +3,7 @@
 Per token and training step, 6 operations for each weight that multiplies it (2 forward, 4 backward) and
 12 * layers * heads * head_dim * seq_len for attention (scores and their use, over the whole window);
 recomputation is not counted. (Chowdhery et al., "PaLM", 2022, appendix B; torchtitan counts so too.)
+A weight that does not train needs 2 of the 4 backward: there is no gradient of its own.
 """
 
 from dataclasses import dataclass
@@ -39,10 +40,13 @@ class Cost:
     """Those that a token is multiplied with."""
     attention_width: int
     """Layers * heads * head_dim."""
+    frozen_matrix_parameters: int = 0
+    """Those of them that do not train."""
 
     def per_token(self, seq_len: int) -> float:
         """Operations per token of a training step."""
-        return 6 * self.matrix_parameters + 12 * self.attention_width * seq_len
+        weights = 6 * self.matrix_parameters - 2 * self.frozen_matrix_parameters
+        return weights + 12 * self.attention_width * seq_len
 
 
 def _first(config: Any, *names: str) -> int | None:
@@ -84,7 +88,7 @@ def cost(model: Any) -> Cost:
     top_k = _first(text, "num_experts_per_tok", "moe_k", "top_k_experts", "moe_topk", "num_experts_per_token")
     share = top_k / experts if experts and top_k else 1.0
 
-    total, active, matrix = 0.0, 0.0, 0.0
+    total, active, matrix, frozen = 0.0, 0.0, 0.0, 0.0
     seen: set[int] = set()
     embedding = model.get_input_embeddings()
     for module in model.modules():
@@ -94,8 +98,9 @@ def cost(model: Any) -> Cost:
             # A tied weight is stored once, and multiplies where it is the head.
             is_matrix = parameter.ndim >= 2 and not isinstance(module, nn.Embedding) and module is not embedding
             matrix += size if is_matrix else 0
+            frozen += size if is_matrix and not parameter.requires_grad else 0
             if id(parameter) not in seen:
                 seen.add(id(parameter))
                 total += parameter.numel()
                 active += size
-    return Cost(int(total), int(active), int(matrix), _attention_width(text))
+    return Cost(int(total), int(active), int(matrix), _attention_width(text), int(frozen))

@@ -122,12 +122,16 @@ def empty_model(
     safely = hf_init.meta_device_safe_creation_ops() if device == "meta" else contextlib.nullcontext()
     try:
         with torch.device(device), safely:
-            return AutoModelForCausalLM.from_config(own, dtype=dtype, trust_remote_code=trust_remote_code, **options)
+            model = AutoModelForCausalLM.from_config(own, dtype=dtype, trust_remote_code=trust_remote_code, **options)
     except Exception as error:  # a value that makes no sense is met by whatever line of the model reads it
         raise UserError(
             f"model: {own.model_type} cannot be built from its configuration ({first_line(error)}); see config.json, "
             "model.overrides and model.attention"
         ) from error
+    if hasattr(own, "vocabulary_extension"):
+        # Of a configuration in parts the model may have kept the text's alone: its checkpoints would not have the key.
+        model.config.vocabulary_extension = own.vocabulary_extension
+    return model
 
 
 def weight_files(folder: str) -> list[str]:

@@ -22,6 +22,7 @@ from llm_recipes.training import optimizer as optim
 from llm_recipes.training.guard import FINE, Guard
 from llm_recipes.training.objective import Models, Objective
 from llm_recipes.training.schedule import BatchSpans, LearningRate
+from llm_recipes.training.trainable import Trainable
 from llm_recipes.training.watch import Watch
 
 
@@ -53,6 +54,7 @@ class Training:
     reduce_every: bool
     seed: int
     seq_len: int
+    trainable: Trainable = field(default_factory=Trainable)
     progress: Progress = field(default_factory=Progress)
     watch: Watch = field(default_factory=Watch)
     saver: Saver | None = None
@@ -136,6 +138,7 @@ def train(run: Training, stop: int) -> Iterator[Step]:
             for name, value in reported.items():
                 sums[name] = sums[name] + value if name in sums else value
 
+        run.trainable.mask_gradients()
         norm = optim.global_norm(parameters, topology.device) / run.loss_scale.value
         factor = 1 / run.loss_scale.value
         if run.clip_norm is not None:

@@ -14,8 +14,14 @@ from llm_recipes.config import OptimConfig
 log = logging.getLogger(__name__)
 
 
-def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Parameters that decay and those that do not: vectors (norms, biases) never do, embeddings by choice."""
+def parameter_groups(
+    model: nn.Module, config: OptimConfig, undecayed: Iterable[nn.Parameter] = ()
+) -> list[dict[str, Any]]:
+    """Parameters that decay and those that do not: vectors (norms, biases) never do, embeddings by choice.
+
+    Args:
+        undecayed: further ones that do not.
+    """
     embeddings = {
         id(parameter)
         for module in model.modules()
@@ -28,11 +34,12 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
         if "norm" in type(module).__name__.lower()
         for parameter in module.parameters(recurse=False)
     }
+    spared = norms | {id(parameter) for parameter in undecayed}
     groups: dict[bool, list[tuple[str, nn.Parameter]]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        decays = parameter.ndim >= 2 and id(parameter) not in norms and not name.endswith("bias")
+        decays = parameter.ndim >= 2 and id(parameter) not in spared and not name.endswith("bias")
         if id(parameter) in embeddings:
             decays = decays and config.decay_embeddings
         groups[decays].append((name, parameter))
@@ -47,9 +54,9 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
     ]
 
 
-def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+def adamw(model: nn.Module, config: OptimConfig, undecayed: Iterable[nn.Parameter] = ()) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter, 2019), fused: it skips an update on the device where `found_inf` is set."""
-    groups = parameter_groups(model, config)
+    groups = parameter_groups(model, config, undecayed)
     for group in groups:
         log.info("weight decay %g: %d tensors (%s ...)", group["weight_decay"], len(group["names"]), group["names"][0])
     stripped = [{key: value for key, value in group.items() if key != "names"} for group in groups]

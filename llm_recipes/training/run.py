@@ -25,7 +25,7 @@ from llm_recipes.models.causal import CausalLM
 from llm_recipes.telemetry import progress as terminal
 from llm_recipes.telemetry.events import tell
 from llm_recipes.training import optimizer as optim
-from llm_recipes.training import proofs, rollback, schedule
+from llm_recipes.training import proofs, rollback, schedule, trainable
 from llm_recipes.training.dry_run import dry_run
 from llm_recipes.training.folder import RunFolder
 from llm_recipes.training.guard import Guard
@@ -47,6 +47,8 @@ class Data:
     spans: schedule.BatchSpans
     steps: int
     stop: int
+    first_new_row: int
+    """The vocabulary's first row that trains."""
 
     @property
     def samples(self) -> int:
@@ -61,6 +63,7 @@ def open_data(config: PretrainConfig, folder: str, ranks: int) -> Data:
         UserError: what does not fit, and where.
     """
     own = loading.open_config(config.model, folder)
+    first_new_row = trainable.first_new_row(config, own)
     tokenizer = tokenizers.open_tokenizer(folder, config.model.trust_remote_code)
     facts = corpora.TokenizerFacts(
         fingerprint=tokenizers.fingerprint(tokenizer),
@@ -103,6 +106,7 @@ def open_data(config: PretrainConfig, folder: str, ranks: int) -> Data:
         spans=spans,
         steps=steps,
         stop=config.train.stop_at or steps,
+        first_new_row=first_new_row,
     )
 
 
@@ -175,10 +179,11 @@ class _Run:
         )  # fmt: skip
         if found is None and config.model.init == "pretrained" and loading.is_checkpoint(str(self.base)):
             state.read_model(lm.model, self.base)
+        trained = trainable.choose(lm, config.train.trainable, self.data.first_new_row)
         scale = optim.LossScale(lm.precision.scales_loss, place.device)
         training = Training(
             models={"policy": lm},
-            optimizer=optim.adamw(lm.model, config.optim),
+            optimizer=optim.adamw(lm.model, config.optim, undecayed=trained.tables),
             objective=NextToken(len(self.names)),
             batches=iter(()),
             spans=self.data.spans,
@@ -189,6 +194,7 @@ class _Run:
             reduce_every=config.parallel.reduce == "every",
             seed=config.train.seed,
             seq_len=config.data.seq_len,
+            trainable=trained,
         )
         if found is not None:
             kept = state.restore(found, lm.model, training.optimizer)

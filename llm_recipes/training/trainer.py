@@ -319,6 +319,7 @@ class Trainer:
 def resume(training: Training, kept: dict[str, Any], account: list[rollback.Rollback]) -> None:
     """Take up what `state.json` held; the account of rollbacks may be longer than the checkpoint knew."""
     training.progress = Progress(kept["step"], kept["consumed_tokens"], rollback.lr_factor(account))
+    training.trainable.mask_moments(training.optimizer)
     training.loss_scale.load(kept["loss_scale"])
     training.guard.load(kept["guard"])
     training.spans.skip([*map(tuple, kept["skipped_spans"]), *(each.skipped for each in account)])

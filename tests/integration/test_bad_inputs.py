@@ -294,6 +294,13 @@ PRETRAIN: list[Case] = [
     ("model.path=tokens", "model.path=tokens: no model configuration opens here"),
     ("model.path=${run.nam}", "Interpolation key 'run.nam' not found"),
     ("model.attention=flash", "model: mistral cannot be built from its configuration"),
+    ("train.trainable=head", "train.trainable=head: no such choice, known: all, embeddings, new_embeddings"),
+    ("train.trainable=new_embeddings", "model.path=model: its config.json does not say which rows are new"),
+    (
+        "train.trainable=new_embeddings",
+        "vocabulary_extension.first_new_row=264, no row of 0 to 263",
+        change("model/config.json", vocabulary_extension={"first_new_row": 264}),
+    ),
     ("model.overrides.rope_thet=1", "model.overrides.rope_thet: no such key"),
     ("model.overrides.hidden_act=gleu", "(KeyError: 'gleu'); see config.json, model.overrides"),
     ("model.overrides.rope_theta=-1", "holds a value that is not finite"),
