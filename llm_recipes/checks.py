@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from llm_recipes.config import ExportConfig, PretrainConfig, ReportConfig
+from llm_recipes.config import ExportConfig, ExtendVocabConfig, PretrainConfig, ReportConfig
 from llm_recipes.errors import UserError, did_you_mean
 
 LARGEST = 2**31 - 1
@@ -180,6 +180,30 @@ def check_export(config: ExportConfig) -> None:
         raise UserError(f"push_to_hub={config.push_to_hub}: no name of a repository, such as me/mine")
 
 
+def check_extend_vocab(config: ExtendVocabConfig) -> None:
+    """Refuse what names no one base, and numbers that cannot be meant."""
+    bases = {"model": config.model, "tokenizer": config.tokenizer, "new": config.new}
+    given = [f"{key}={value}" for key, value in bases.items() if value is not None]
+    if len(given) != 1:
+        said = f"{' and '.join(given)}: give one of them" if given else "give model, tokenizer or new"
+        raise UserError(f"{said}: what is extended is a model, a tokenizer alone, or nothing yet (new)")
+    for key in ("vocab_size", "multiple_of", "max_piece_length", "workers"):
+        value = getattr(config, key)
+        if value is not None and value < 1:
+            raise UserError(f"{key}={value}: must be more than 0")
+    if not 0 < config.character_coverage <= 1:
+        raise UserError(f"character_coverage={config.character_coverage}: above 0, up to 1")
+    if not config.seed >= 0:
+        raise UserError(f"seed={config.seed}: must not be negative")
+    if config.multiple_of > config.vocab_size:
+        raise UserError(f"multiple_of={config.multiple_of}: more than vocab_size={config.vocab_size}: mostly padding")
+    for name in config.scripts:
+        if not (isinstance(name, str) and re.fullmatch(r"\w[\w -]*", name)):
+            raise UserError(f"scripts={name}: not the name of a script, such as hiragana or hangul")
+    if config.max_piece_length < 2:
+        raise UserError("max_piece_length=1: a piece of one character joins nothing; at least 2")
+
+
 def check_report(config: ReportConfig) -> None:
     """Refuse a number that cannot be meant."""
     if config.step is not None and config.step < 0:
@@ -190,7 +214,12 @@ def check_report(config: ReportConfig) -> None:
         raise UserError("--samples: of which step? (step=N)")
 
 
-CHECKS: dict[str, Any] = {"pretrain": check_pretrain, "export": check_export, "report": check_report}
+CHECKS: dict[str, Any] = {
+    "pretrain": check_pretrain,
+    "export": check_export,
+    "extend_vocab": check_extend_vocab,
+    "report": check_report,
+}
 
 
 def check(verb: str, config: Any) -> None:

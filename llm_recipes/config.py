@@ -270,6 +270,53 @@ class ExportConfig:
 
 
 @dataclass
+class ExtendVocabConfig:
+    corpus: Any = REQUIRED
+    """Text to learn from: files (JSONL, .jsonl.gz, .jsonl.zst, Parquet), a glob, a list, or a `datasets` name."""
+    output: str = REQUIRED
+    """The new folder."""
+    vocab_size: int = REQUIRED
+    """Tokens in the new vocabulary, the old ones and the special ones included."""
+    model: str | None = None
+    """A model folder, or a name on the hub: its tokenizer and its embeddings are extended."""
+    tokenizer: str | None = None
+    """In place of `model`, a tokenizer alone: a folder, a name on the hub, or a SentencePiece `.model` file."""
+    new: str | None = choice(None, "byte_level", "sentencepiece")
+    """In place of both: a whole new tokenizer, from nothing but the corpus."""
+    multiple_of: int = 1
+    """The embeddings' rows are rounded up to a multiple of this."""
+    scripts: list[str] = field(default_factory=lambda: ["hiragana", "katakana", "kanji", "fullwidth"])
+    """New pieces are of these scripts alone; also any of Unicode's, such as `hangul`."""
+    rows: str = choice("mean", "weighted", "random")
+    """A new piece's embedding: the mean of the old rows of its text, that mean weighted by how frequent these old
+    pieces are in the corpus, or random with the table's mean and covariance."""
+    held_out: dict[str, Any] = field(default_factory=dict)
+    """Texts to measure on, by name (`held_out.en=en.jsonl`). None: every 50th document of the corpus, then left out of
+    learning."""
+    nfkc: bool = False
+    """Learn from NFKC-normalized text. The tokenizer itself does not normalize because of it."""
+    words: str | None = choice(None, "fugashi")
+    """Learn no piece that reaches over a word's end, as this morphological analyser finds words."""
+    character_coverage: float = 0.9995
+    """SentencePiece: share of the corpus's characters that become pieces; the others stay bytes."""
+    max_piece_length: int = 16
+    """Characters in a new piece, at most."""
+    format: str = choice("auto", "jsonl", "parquet", "datasets")
+    config: str | None = None
+    """With a `datasets` dataset: its configuration, for example `20231101.ja`."""
+    split: str = "train"
+    text_key: str = "text"
+    messages_key: str = "messages"
+    """Rows with this column are conversations; what is said in them is read."""
+    on_error: str = choice("stop", "skip")
+    """A broken row stops the work, or is counted and left out."""
+    workers: int | None = None
+    """Processes that read the corpus. None: all cores."""
+    seed: int = 0
+    trust_remote_code: bool = False
+
+
+@dataclass
 class ReportConfig:
     run: str = REQUIRED
     """A run's folder."""
@@ -285,5 +332,6 @@ SCHEMAS: dict[str, type] = {
     "pretrain": PretrainConfig,
     "tokenize": TokenizeConfig,
     "export": ExportConfig,
+    "extend_vocab": ExtendVocabConfig,
     "report": ReportConfig,
 }

@@ -1,8 +1,11 @@
-"""Folders that are made on the way, and go again where nothing came of it."""
+"""Folders that are made on the way, and go again where nothing came of it; the files in a model's folder."""
 
 import contextlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
+
+from llm_recipes.errors import UserError
 
 
 def make_folder(folder: Path) -> list[Path]:
@@ -21,3 +24,35 @@ def remove_folders(made: Iterable[Path]) -> None:
     for each in made:
         with contextlib.suppress(OSError):
             each.rmdir()
+
+
+def weight_files(folder: str) -> list[str]:
+    """The safetensors files that hold a model folder's weights.
+
+    Raises:
+        UserError: there are none, or the folder's index names one that is not there.
+    """
+    root = Path(folder)
+    index = root / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index}: not an index of weights ({error}); bring the model again") from error
+    elif (root / "model.safetensors").is_file():
+        names = ["model.safetensors"]
+    else:
+        names = sorted(path.name for path in root.glob("shard-*-model-*-of-*.safetensors"))
+    if not names:
+        other = sorted(path.name for path in [*root.glob("*.bin"), *root.glob("*.gguf")])
+        hint = f" (found {other[0]}: save it as safetensors with transformers first)" if other else ""
+        raise UserError(f"{folder}: a model folder without weights, no safetensors in it{hint}")
+    missing = [name for name in names if not (root / name).is_file()]
+    if missing:
+        raise UserError(f"{folder}: {missing[0]} is named in its index and is not there; bring the model again")
+    return [str(root / name) for name in names]
+
+
+def is_checkpoint(folder: str) -> bool:
+    """Whether a model folder is a checkpoint of ours: shards as training wrote them."""
+    return any(Path(folder).glob("shard-*-model-*-of-*.safetensors"))

@@ -111,12 +111,19 @@ def write_pieces(path: Path, pieces: Iterable[Piece]) -> dict[str, Any]:
     return write(path, boxes, (each.local for _, each in entries))
 
 
-def write(path: Path, boxes: Sequence[Box], values: Iterable[torch.Tensor]) -> dict[str, Any]:
+def write(
+    path: Path,
+    boxes: Sequence[Box],
+    values: Iterable[torch.Tensor | Iterator[torch.Tensor]],
+    metadata: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """Write a safetensors file and bring it to the disk; the checksum is taken on the way.
 
     Args:
         boxes: what the file holds, in order.
-        values: each box's values, taken one at a time.
+        values: each box's values, taken one at a time: a tensor of the box's shape, or its numbers in row-major order,
+            some at a time.
+        metadata: what the file says of itself; None: that torch wrote it.
 
     Returns:
         Its entry in a manifest: `bytes` and `xxh3_128`.
@@ -129,23 +136,28 @@ def write(path: Path, boxes: Sequence[Box], values: Iterable[torch.Tensor]) -> d
     for box in boxes:
         start, end = end, end + box.bytes
         header[box.name] = {"dtype": CODES[box.dtype], "shape": list(box.shape), "data_offsets": [start, end]}
-    header["__metadata__"] = {"format": "pt"}
+    header["__metadata__"] = {"format": "pt"} if metadata is None else dict(metadata)
     if any(any(box.offsets) for box in boxes) or path.name.startswith("shard-"):
         offsets = {box.name: {"saved_offsets": list(box.offsets)} for box in boxes}
         header["__metadata__"] |= {"DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(offsets)}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
 
-    def blocks() -> Iterator[memoryview]:
+    def chunks() -> Iterator[memoryview]:
         yield memoryview(len(text).to_bytes(8, "little") + text)
-        for box, tensor in zip(boxes, values, strict=True):
-            assert (tensor.dtype, tuple(tensor.shape)) == (box.dtype, box.shape)
-            block = raw(tensor.contiguous())
-            yield from (block[start : start + CHUNK] for start in range(0, len(block), CHUNK))
+        for box, value in zip(boxes, values, strict=True):
+            whole = isinstance(value, torch.Tensor)
+            left = box.bytes
+            for tensor in (value,) if isinstance(value, torch.Tensor) else value:
+                assert tensor.dtype == box.dtype and (not whole or tuple(tensor.shape) == box.shape)
+                block = raw(tensor.contiguous())
+                left -= len(block)
+                yield from (block[start : start + CHUNK] for start in range(0, len(block), CHUNK))
+            assert left == 0
 
     digest, written = xxhash.xxh3_128(), 0
     with open(path, "wb", buffering=0) as file:
-        for block in blocks():
+        for block in chunks():
             digest.update(block)
             while block:  # a nearly full disk may take less than it is given
                 taken = file.write(block)
@@ -167,6 +179,29 @@ class Stored:
     offsets: tuple[int, ...]
 
 
+def read_metadata(path: Path) -> dict[str, str] | None:
+    """What a safetensors file says of itself; None where it says nothing.
+
+    Raises:
+        Damaged, OSError: as `read_header`.
+    """
+    try:
+        found: dict[str, str] | None = json.loads(_header(path)[0]).get("__metadata__")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise Damaged(f"{path}: its header cannot be read ({type(error).__name__})") from error
+    return found
+
+
+def _header(path: Path) -> tuple[bytes, int]:
+    """A file's header, not parsed, and the file's size."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, LONGEST_HEADER):
+            raise Damaged(f"{path}: shorter than its header says")
+        return file.read(length), size
+
+
 def read_header(path: Path) -> dict[str, Stored]:
     """The pieces in a safetensors file. Nothing that its header says is believed: sizes are held against the file's.
 
@@ -174,12 +209,8 @@ def read_header(path: Path) -> dict[str, Stored]:
         Damaged: the header, or the file's length, is not what it must be.
         OSError: it cannot be read.
     """
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, LONGEST_HEADER):
-            raise Damaged(f"{path}: shorter than its header says")
-        text = file.read(length)
+    text, size = _header(path)
+    length = len(text)
     try:
         header = json.loads(text)
         metadata = header.pop("__metadata__", None) or {}
@@ -312,13 +343,13 @@ def rewrite(source: Path, target: Path, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _whole(stored: Stored) -> torch.Tensor:
-    return _rows(stored, 0, stored.shape[0]) if stored.shape else _rows(stored, 0, 1).reshape(())
+    return read_rows(stored, 0, stored.shape[0]) if stored.shape else read_rows(stored, 0, 1).reshape(())
 
 
 def _copy(stored: Stored, box: Sequence[slice], target: torch.Tensor) -> None:
     """Read a box of a stored piece into a tensor of the box's shape, some rows at a time; of long rows a part."""
     if not stored.shape:
-        target.copy_(_rows(stored, 0, 1).reshape(()))
+        target.copy_(read_rows(stored, 0, 1).reshape(()))
         return
     row = prod(stored.shape[1:]) * stored.dtype.itemsize
     if row > CHUNK and len(stored.shape) > 1:
@@ -329,11 +360,11 @@ def _copy(stored: Stored, box: Sequence[slice], target: torch.Tensor) -> None:
     rows = max(1, CHUNK // max(1, row))
     for start in range(box[0].start, box[0].stop, rows):
         stop = min(start + rows, box[0].stop)
-        read = _rows(stored, start, stop)
+        read = read_rows(stored, start, stop)
         target[start - box[0].start : stop - box[0].start].copy_(read[(slice(None), *box[1:])])
 
 
-def _rows(stored: Stored, start: int, stop: int) -> torch.Tensor:
+def read_rows(stored: Stored, start: int, stop: int) -> torch.Tensor:
     """Rows `start` .. `stop - 1` of a piece, (stop - start, ...)."""
     row = prod(stored.shape[1:])
     values = torch.empty((stop - start) * row, dtype=stored.dtype)

@@ -309,6 +309,8 @@ def _open(name: str, config: TokenizeConfig) -> Input:
         raise UserError(f"{name}: a folder, but not a saved dataset; name its files, for example '{name}/*.jsonl'")
     if config.format == "datasets" or not path.exists():
         return SavedRows(name, config)
+    if not path.is_file():
+        raise UserError(f"{name}: not a file that can be read twice (a pipe, perhaps); write it to a file first")
     try:
         with open(path, "rb") as file:
             start = file.read(4)

@@ -17,6 +17,7 @@ from llm_recipes.config import ModelConfig, ParallelConfig
 from llm_recipes.data.documents import IGNORE
 from llm_recipes.data.stream import Batch
 from llm_recipes.errors import UserError
+from llm_recipes.folders import is_checkpoint
 from llm_recipes.models import head, initial, loading, sharding
 from llm_recipes.models import layers as layer_options
 from llm_recipes.models.flops import Cost, cost
@@ -192,7 +193,7 @@ def build(
     where = torch.device("cpu") if parallel.cpu_offload else topology.device
     if random:
         model.train()
-    elif weights and not loading.is_checkpoint(folder):
+    elif weights and not is_checkpoint(folder):
         error: Exception | None = None
         try:
             loading.read_pretrained(model, empty, folder, precision.storage, where)

@@ -7,7 +7,6 @@ weights since 5.x.
 """
 
 import contextlib
-import json
 import logging
 import re
 import warnings
@@ -35,6 +34,7 @@ from transformers.utils.loading_report import LoadStateDictInfo
 
 from llm_recipes.config import ModelConfig
 from llm_recipes.errors import UserError, did_you_mean, first_line
+from llm_recipes.folders import weight_files
 
 log = logging.getLogger(__name__)
 
@@ -134,33 +134,6 @@ def empty_model(
     return model
 
 
-def weight_files(folder: str) -> list[str]:
-    """The safetensors files that hold a model folder's weights.
-
-    Raises:
-        UserError: there are none, or the folder's index names one that is not there.
-    """
-    root = Path(folder)
-    index = root / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{index}: not an index of weights ({error}); bring the model again") from error
-    elif (root / "model.safetensors").is_file():
-        names = ["model.safetensors"]
-    else:
-        names = sorted(path.name for path in root.glob("shard-*-model-*-of-*.safetensors"))
-    if not names:
-        other = sorted(path.name for path in [*root.glob("*.bin"), *root.glob("*.gguf")])
-        hint = f" (found {other[0]}: save it as safetensors with transformers first)" if other else ""
-        raise UserError(f"{folder}: a model folder without weights, no safetensors in it{hint}")
-    missing = [name for name in names if not (root / name).is_file()]
-    if missing:
-        raise UserError(f"{folder}: {missing[0]} is named in its index and is not there; bring the model again")
-    return [str(root / name) for name in names]
-
-
 def licence(folder: str) -> str | None:
     """What a model folder says of its licence: `license` in its card's front matter, else its LICENSE's first line."""
     card = Path(folder) / "README.md"
@@ -172,11 +145,6 @@ def licence(folder: str) -> str | None:
         lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
         return next((line for line in lines if line), path.name)
     return None
-
-
-def is_checkpoint(folder: str) -> bool:
-    """Whether a model folder is a checkpoint of ours: shards as training wrote them."""
-    return any(Path(folder).glob("shard-*-model-*-of-*.safetensors"))
 
 
 def read_pretrained(

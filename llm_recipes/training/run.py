@@ -20,6 +20,7 @@ from llm_recipes.data import tokenizer as tokenizers
 from llm_recipes.data.stream import Batch, GlobalBatches, Samples
 from llm_recipes.data.validation import ValidationSet, open_validation
 from llm_recipes.errors import UserError
+from llm_recipes.folders import is_checkpoint, weight_files
 from llm_recipes.models import causal, initial, loading, topology
 from llm_recipes.models.causal import CausalLM
 from llm_recipes.telemetry import progress as terminal
@@ -138,7 +139,7 @@ def _pretrain(config: PretrainConfig, me: topology.Launch) -> None:
     base = tokenizers.resolve(config.model.path, "model.path", config.model.trust_remote_code)
     data = open_data(config, base, me.ranks)
     if config.model.init == "pretrained":
-        loading.weight_files(base)
+        weight_files(base)
     place = topology.start(config.parallel)
     try:
         _Run(config, data, Path(base), place).go()
@@ -177,7 +178,7 @@ class _Run:
             config.model, config.parallel, place, str(self.base), config.data.mask_documents, config.train.seed,
             weights=found is None,
         )  # fmt: skip
-        if found is None and config.model.init == "pretrained" and loading.is_checkpoint(str(self.base)):
+        if found is None and config.model.init == "pretrained" and is_checkpoint(str(self.base)):
             state.read_model(lm.model, self.base)
         trained = trainable.choose(lm, config.train.trainable, self.data.first_new_row)
         scale = optim.LossScale(lm.precision.scales_loss, place.device)

@@ -143,7 +143,24 @@ def test_a_copy_in_another_dtype_is_the_cast(cut: list[Cut], dtype: torch.dtype)
         copied = Folder(target)
         for own in cut:
             expected = own.whole.to(dtype) if own.whole.is_floating_point() else own.whole
-            assert same(copied.read(own.names[0]), expected)
+            found = copied.read(own.names[0])
+            if dtype != own.whole.dtype and expected.is_floating_point():
+                # What is no number stays none; with which bits depends on how many numbers are cast at once.
+                assert torch.equal(found.isnan(), expected.isnan())
+                found, expected = found.nan_to_num(0), expected.nan_to_num(0)
+            assert same(found, expected)
+
+
+def test_numbers_that_come_in_parts_are_written_as_if_whole(tmp_path: Path) -> None:
+    whole = [random_tensor(torch.bfloat16, (4, 5)), random_tensor(torch.int8, (0, 3)), random_tensor(torch.float32, ())]
+    described = [shards.Box(str(number), each.dtype, tuple(each.shape), (0,) * each.ndim)
+                 for number, each in enumerate(whole)]  # fmt: skip
+    parts = (iter(each.reshape(-1).split(3)) for each in whole)
+    entries = [shards.write(tmp_path / name, described, values, {"format": "pt", "own": "1"})
+               for name, values in (("whole", whole), ("parts", parts))]  # fmt: skip
+    assert entries[0] == entries[1]
+    assert (tmp_path / "whole").read_bytes() == (tmp_path / "parts").read_bytes()
+    assert shards.read_metadata(tmp_path / "parts") == {"format": "pt", "own": "1"}
 
 
 def test_reading_a_box_takes_a_chunk_of_memory_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,14 +168,14 @@ def test_reading_a_box_takes_a_chunk_of_memory_beside_it(tmp_path: Path, monkeyp
     shards.write_pieces(tmp_path / shards.file_name(0), [alone("experts", whole)])
     monkeypatch.setattr(shards, "CHUNK", 4096)
     taken = []
-    rows = shards._rows
+    rows = shards.read_rows
 
     def counting(stored: shards.Stored, start: int, stop: int) -> torch.Tensor:
         found = rows(stored, start, stop)
         taken.append(found.nbytes)
         return found
 
-    monkeypatch.setattr(shards, "_rows", counting)
+    monkeypatch.setattr(shards, "read_rows", counting)
     target = torch.zeros(2, 5, 100)
     Folder(tmp_path).read_into("experts", target, (1, 20, 0))
     assert same(target, whole[1:, 20:25])
