@@ -1,5 +1,6 @@
 """A larger vocabulary, from a corpus to a folder: count, learn, merge, write, prove, measure, report."""
 
+import errno
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -62,7 +63,9 @@ def extend(config: ExtendVocabConfig) -> Findings | None:
 
 def _of_the_output(error: OSError, output: Path) -> bool:
     """Whether a path, or the disk, of the output was refused: writing to an open file names no file."""
-    return error.filename is None or str(error.filename).startswith((str(output.absolute().parent), str(output.parent)))
+    if error.filename is None:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return Path(str(error.filename)).is_relative_to(output.absolute().parent)
 
 
 def _extend(config: ExtendVocabConfig, scripts: Scripts, target: Path, console: Console) -> Findings:
@@ -93,7 +96,7 @@ def _extend(config: ExtendVocabConfig, scripts: Scripts, target: Path, console: 
     added = learned[: config.vocab_size - base.first]
     _write_tokenizer(config, base, added, target)
     if config.model:
-        rows = max(-(-config.vocab_size // config.multiple_of) * config.multiple_of, old_rows)
+        rows = -(-max(config.vocab_size, old_rows) // config.multiple_of) * config.multiple_of
         summary = _write_model(config, base, added, counted.counts, rows, target, console)
     merged = open_tokenizer(str(target), config.trust_remote_code)
     say(console, proofs.prove(base, merged, pieces, added, texts, target))
