@@ -180,6 +180,10 @@ def check_export(config: ExportConfig) -> None:
         raise UserError(f"push_to_hub={config.push_to_hub}: no name of a repository, such as me/mine")
 
 
+MOST_TOKENS = 2_000_000
+"""Of a vocabulary: the trainers take memory by what is asked for, and end the process where there is not so much."""
+
+
 def check_extend_vocab(config: ExtendVocabConfig) -> None:
     """Refuse what names no one base, and numbers that cannot be meant."""
     bases = {"model": config.model, "tokenizer": config.tokenizer, "new": config.new}
@@ -195,6 +199,8 @@ def check_extend_vocab(config: ExtendVocabConfig) -> None:
         raise UserError(f"character_coverage={config.character_coverage}: above 0, up to 1")
     if not config.seed >= 0:
         raise UserError(f"seed={config.seed}: must not be negative")
+    if config.vocab_size > MOST_TOKENS:
+        raise UserError(f"vocab_size={config.vocab_size}: at most {MOST_TOKENS}")
     if config.multiple_of > config.vocab_size:
         raise UserError(f"multiple_of={config.multiple_of}: more than vocab_size={config.vocab_size}: mostly padding")
     for name in config.scripts:

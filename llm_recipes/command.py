@@ -167,7 +167,7 @@ def explain(error: BaseException, verb: str) -> str:
 
 def empty_keys(composed: DictConfig) -> set[str]:
     """Paths and names that were given as nothing (`model.path=`)."""
-    named = ("model.path", "run.name", "run.dir", "tokenizer", "input", "output", "checkpoint")
+    named = ("model", "corpus", "model.path", "run.name", "run.dir", "tokenizer", "input", "output", "checkpoint")
     return {key for key in named if OmegaConf.select(composed, key, throw_on_missing=False) == ""}
 
 

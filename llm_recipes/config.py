@@ -291,8 +291,8 @@ class ExtendVocabConfig:
     """A new piece's embedding: the mean of the old rows of its text, that mean weighted by how frequent these old
     pieces are in the corpus, or random with the table's mean and covariance."""
     held_out: dict[str, Any] = field(default_factory=dict)
-    """Texts to measure on, by name (`held_out.en=en.jsonl`). None: every 50th document of the corpus, then left out of
-    learning."""
+    """Texts to measure on, by name (`held_out.en=en.jsonl`). None: one in 50 documents of the corpus, which are
+    then left out of learning."""
     nfkc: bool = False
     """Learn from NFKC-normalized text. The tokenizer itself does not normalize because of it."""
     words: str | None = choice(None, "fugashi")

@@ -19,7 +19,7 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 """What goes with a tokenizer alone."""
 WRITTEN_ANEW = ("tokenizer.json", *spm.NAMES)
-STALE = ("vocab.json", "merges.txt", "tekken.json", "vocab.txt")
+STALE = ("vocab.json", "merges.txt", "tekken.json", "vocab.txt", "tokenizer.model.v*", "*.tiktoken", "params.json")
 """Older forms of the same vocabulary, which would say something else from now on."""
 WEIGHTS = (
     "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.gguf", "*.h5", "*.msgpack", "*.pt",

@@ -88,8 +88,8 @@ def _extend(config: ExtendVocabConfig, scripts: Scripts, target: Path, console: 
         texts = {"corpus": counted.held_out}
         if not any(counted.held_out):
             raise UserError(
-                f"held_out: of the corpus every {words.HELD_OUT_EACH}th document is held out, and it has "
-                f"{counted.documents}: name texts to measure on (held_out.ja=ja.jsonl)"
+                f"held_out: one in {words.HELD_OUT_EACH} documents of the corpus is held out, {counted.documents} are "
+                "too few; name texts to measure on (held_out.ja=ja.jsonl)"
             )
 
     learned, pieces = _learn(config, base, counted, scripts, console)

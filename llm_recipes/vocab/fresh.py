@@ -12,12 +12,10 @@ import tokenizers
 from rich.console import Console
 
 from llm_recipes.config import ExtendVocabConfig
-from llm_recipes.data.reading import all_blocks
-from llm_recipes.data.rows import Block
 from llm_recipes.errors import UserError
 from llm_recipes.telemetry.meter import say
 from llm_recipes.vocab import base
-from llm_recipes.vocab.words import open_texts, texts_of
+from llm_recipes.vocab.words import all_texts
 
 SAMPLED_LINES = 2_000_000
 """The trainers hold what they learn from in memory: a larger corpus is sampled, each line as likely as any other."""
@@ -57,16 +55,10 @@ def sample(config: ExtendVocabConfig) -> list[str]:
 
 
 def _lines(config: ExtendVocabConfig) -> Iterator[str]:
-    for block, _ in all_blocks(open_texts(config.corpus, config, "corpus")):
-        if not isinstance(block, Block):
-            raise UserError(f"corpus: {block.detail}")
-        for number, text in texts_of(block, config.text_key, config.messages_key):
-            if isinstance(text, str):
-                for line in text.splitlines():
-                    if line.strip():
-                        yield line.encode(errors="replace")[:LONGEST_LINE].decode(errors="ignore")
-            elif config.on_error == "stop":
-                raise UserError(f"{block.place(number)}: {text.detail}; on_error=skip leaves such rows out")
+    for text in all_texts(config.corpus, config, "corpus"):
+        for line in text.splitlines():
+            if line.strip():
+                yield line.encode()[:LONGEST_LINE].decode(errors="ignore")
 
 
 def _sentencepiece(config: ExtendVocabConfig, lines: list[str], target: Path) -> None:

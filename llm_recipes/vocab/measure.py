@@ -10,13 +10,11 @@ from typing import Any
 import tokenizers
 
 from llm_recipes.config import ExtendVocabConfig
-from llm_recipes.data.reading import all_blocks
-from llm_recipes.data.rows import Block
 from llm_recipes.errors import UserError
 from llm_recipes.vocab.base import Base
 from llm_recipes.vocab.merging import merged_json
 from llm_recipes.vocab.pieces import Added, Pieces
-from llm_recipes.vocab.words import open_texts, texts_of
+from llm_recipes.vocab.words import all_texts
 
 MOST_CHARACTERS = 10_000_000
 """Of each text held out, as much is measured."""
@@ -83,21 +81,10 @@ def held_out_texts(config: ExtendVocabConfig) -> dict[str, list[str]]:
     found = {}
     for name, paths in config.held_out.items():
         key = f"held_out.{name}"
-        found[name] = list(islice_characters(_texts(paths, config, key), MOST_CHARACTERS))
+        found[name] = list(islice_characters(all_texts(paths, config, key), MOST_CHARACTERS))
         if not any(found[name]):
             raise UserError(f"{key}={paths}: no text in it")
     return found
-
-
-def _texts(paths: Any, config: ExtendVocabConfig, key: str) -> Iterator[str]:
-    for block, _ in all_blocks(open_texts(paths, config, key)):
-        if not isinstance(block, Block):
-            raise UserError(f"{key}: {block.detail}")
-        for number, text in texts_of(block, config.text_key, config.messages_key):
-            if isinstance(text, str):
-                yield text
-            elif config.on_error == "stop":
-                raise UserError(f"{key}: {block.place(number)}: {text.detail}; on_error=skip leaves such rows out")
 
 
 def islice_characters(texts: Iterator[str], most: int) -> Iterator[str]:
@@ -121,7 +108,7 @@ def measure(texts: Sequence[str], old: Any, new: Any, pieces: Pieces, first: int
     for number, count in used.items():
         new_bytes += count * pieces.bytes(new.id_to_token(number))
     figures = Figures(
-        len(texts), sum(map(len, texts)), sum(len(text.encode(errors="replace")) for text in texts), before, after,
+        len(texts), sum(map(len, texts)), sum(len(text.encode()) for text in texts), before, after,
         new_bytes,
     )  # fmt: skip
     return figures, used

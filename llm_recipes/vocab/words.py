@@ -2,6 +2,7 @@
 
 import random
 import unicodedata
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures.process import BrokenProcessPool
@@ -22,7 +23,7 @@ from llm_recipes.vocab.scripts import Scripts
 MOST_WORDS = 2_000_000
 """Different words that are counted at once: about 400 MB."""
 HELD_OUT_EACH = 50
-"""Of the corpus every so many-th document is held out, where nothing else is named for it."""
+"""Of the corpus one document in so many is held out, where nothing else is named for it."""
 HELD_OUT_CHARACTERS = 500_000
 
 
@@ -97,6 +98,11 @@ def count(inputs: list[Input], scripts: Scripts, config: ExtendVocabConfig, hold
     return result
 
 
+def is_held_out(text: str) -> bool:
+    """By a checksum: a copy of the document is held out too, and cutting the corpus into files changes nothing."""
+    return zlib.crc32(text.encode()) % HELD_OUT_EACH == 0
+
+
 def thin(counts: Mapping[str, int], threshold: int, dice: random.Random) -> dict[str, int]:
     """Fewer words that stand for all: what counts less than the threshold is kept with a probability of count over
     threshold, and then counts as the threshold. Every sum of counts is expected to be what it was (Duffield, Lund and
@@ -135,6 +141,21 @@ def texts_of(block: Block, text_key: str, messages_key: str) -> Iterator[tuple[i
             except UnicodeEncodeError:
                 value = Problem(NOT_UTF8, "half of a surrogate pair, which is no character")
         yield number, value
+
+
+def all_texts(paths: Any, config: ExtendVocabConfig, key: str) -> Iterator[str]:
+    """Every text that a key names, in order.
+
+    Raises:
+        UserError: one is broken, and `on_error` is `stop`.
+    """
+    stop = config.on_error == "stop"
+    for block, _ in _blocks(open_texts(paths, config, key), stop, Counter()):
+        for number, text in texts_of(block, config.text_key, config.messages_key):
+            if isinstance(text, str):
+                yield text
+            elif stop:
+                raise UserError(f"{key}: {block.place(number)}: {text.detail}; on_error=skip leaves such rows out")
 
 
 @dataclass
@@ -176,8 +197,8 @@ class _Counter:
                 result.skipped[text.reason] += 1
                 continue
             result.documents += 1
-            result.bytes += len(text.encode(errors="replace"))
-            if self.hold_out and number % HELD_OUT_EACH == 0:
+            result.bytes += len(text.encode())
+            if self.hold_out and is_held_out(text):
                 result.held_out.append(text)
             else:
                 counts.update(self.words(text))

@@ -18,7 +18,7 @@ from bases import quiet
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from llm_recipes.errors import UserError
-from llm_recipes.vocab import extend, proofs
+from llm_recipes.vocab import extend, proofs, words
 from llm_recipes.vocab.base import open_base, write
 
 ROOT = Path(__file__).parents[2]
@@ -80,7 +80,8 @@ def test_beside_a_whole_model_stale_forms_and_weights_are_left_out_too(base: Pat
 def test_bytes_that_another_script_begins_with_are_in_no_piece(base: Path, tmp_path: Path) -> None:
     # Hiragana and katakana share the bytes E3 82: of katakana alone these two must not be joined.
     corpus = bases.write_rows(tmp_path / "a.jsonl", ["アイウエオカキクケコ、ヤユヨラリルレロ" * 3] * 100)
-    options: dict[str, Any] = {"corpus": corpus, "tokenizer": str(base), "scripts": ["katakana"]}
+    own = {"ja": corpus}
+    options: dict[str, Any] = {"corpus": corpus, "tokenizer": str(base), "scripts": ["katakana"], "held_out": own}
     quiet(output=str(tmp_path / "new"), vocab_size=305, **options)
     old, new = (Tokenizer.from_file(str(folder / "tokenizer.json")) for folder in (base, tmp_path / "new"))
     hiragana = "".join(map(chr, range(0x3041, 0x3097)))
@@ -90,12 +91,14 @@ def test_bytes_that_another_script_begins_with_are_in_no_piece(base: Path, tmp_p
 
 
 def test_held_out_documents_are_never_learned_from(base: Path, tmp_path: Path) -> None:
-    texts = [*bases.japanese(49), "鬱蒼鬱蒼鬱蒼" * 30, *bases.japanese(49, 2), "薔薇薔薇薔薇" * 30]
-    corpus = bases.write_rows(tmp_path / "a.jsonl", texts)
+    known = [text for text in bases.japanese(100) if not words.is_held_out(text)]
+    rare = [f"{number} {name * 30}" for name in ("鬱蒼", "薔薇") for number in range(1000)]
+    held = [text for text in rare if words.is_held_out(text)][:12]
+    corpus = bases.write_rows(tmp_path / "a.jsonl", [*held, *known, *held])
     quiet(corpus=corpus, output=str(tmp_path / "new"), vocab_size=420, tokenizer=str(base))
     shown = json.loads((tmp_path / "new" / "vocabulary.json").read_text(encoding="utf-8"))
     assert not any(set(piece) & set("鬱蒼薔薇") for piece in shown["pieces"])
-    assert shown["figures"]["corpus"]["documents"] == 2
+    assert shown["figures"]["corpus"]["documents"] == 24
 
 
 def test_japanese_words_that_a_user_added_stay_whole(corpus: str, tmp_path: Path) -> None:
@@ -184,7 +187,8 @@ def test_the_size_that_an_error_names_is_one_that_works(base: Path, tmp_path: Pa
 
 def test_a_corpus_that_gives_nothing_is_refused(base: Path, corpus: str, tmp_path: Path) -> None:
     english = bases.write_rows(tmp_path / "en.jsonl", bases.english(60))
-    few = bases.write_rows(tmp_path / "few.jsonl", bases.japanese(40))
+    some = [text for text in bases.japanese(40) if not words.is_held_out(text)]
+    few = bases.write_rows(tmp_path / "few.jsonl", some)
     empty = bases.write_rows(tmp_path / "empty.jsonl", [])
     blank = bases.write_rows(tmp_path / "blank.jsonl", [""])
     surrogate = tmp_path / "half.jsonl"
