@@ -139,6 +139,10 @@ def check_pretrain(config: PretrainConfig) -> None:
             train.batch_warmup.steps >= stages,
             f"train.batch_warmup.steps={train.batch_warmup.steps}: fewer than its {stages} stages",
         )
+    need(
+        train.trainable == "all" or config.model.init == "pretrained",
+        f"train.trainable={train.trainable}: the rest of a model with model.init={config.model.init} would stay random",
+    )
     need(bool(data.sources) != bool(data.data_path), "give either data.sources or data.data_path")
     for name, source in data.sources.items():
         need(
@@ -203,6 +207,15 @@ def check_extend_vocab(config: ExtendVocabConfig) -> None:
         raise UserError(f"vocab_size={config.vocab_size}: at most {MOST_TOKENS}")
     if config.multiple_of > config.vocab_size:
         raise UserError(f"multiple_of={config.multiple_of}: more than vocab_size={config.vocab_size}: mostly padding")
+    if config.new is not None:
+        default = {"held_out": {}, "multiple_of": 1, "rows": "mean", "words": None}
+        for key in [name for name, value in default.items() if getattr(config, name) != value]:
+            raise UserError(f"{key}: not for new={config.new}, which extends nothing; leave it out")
+    for name, path in config.held_out.items():
+        if not path:
+            raise UserError(f"held_out.{name}: needed, and not given")
+    if isinstance(config.scripts, str):
+        config.scripts = [config.scripts]
     for name in config.scripts:
         if not (isinstance(name, str) and re.fullmatch(r"\w[\w -]*", name)):
             raise UserError(f"scripts={name}: not the name of a script, such as hiragana or hangul")

@@ -285,8 +285,8 @@ class ExtendVocabConfig:
     """In place of both: a whole new tokenizer, from nothing but the corpus."""
     multiple_of: int = 1
     """The embeddings' rows are rounded up to a multiple of this."""
-    scripts: list[str] = field(default_factory=lambda: ["hiragana", "katakana", "kanji", "fullwidth"])
-    """New pieces are of these scripts alone; also any of Unicode's, such as `hangul`."""
+    scripts: Any = field(default_factory=lambda: ["hiragana", "katakana", "kanji", "fullwidth"])
+    """One or a list: new pieces are of these alone; also any of Unicode's scripts, such as `hangul`."""
     rows: str = choice("mean", "weighted", "random")
     """A new piece's embedding: the mean of the old rows of its text, that mean weighted by how frequent these old
     pieces are in the corpus, or random with the table's mean and covariance."""

@@ -5,6 +5,9 @@
 All keys: `ExtendVocabConfig`, or `--help`.
 """
 
+import signal
+import sys
+
 from llm_recipes.config import ExtendVocabConfig
 
 
@@ -14,6 +17,8 @@ def extend_vocab(config: ExtendVocabConfig) -> None:
     Raises:
         UserError: anything that is wrong with the base, the corpus or the output.
     """
+    # What a scheduler sends: leave as after Ctrl-C, with nothing left behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     from llm_recipes.vocab.extend import extend
 
     extend(config)

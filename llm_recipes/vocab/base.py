@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,11 @@ def open_base(path: str, key: str, trust_remote_code: bool) -> Base:
     kind = kind_of(state, f"{key}={path}")
     if state["model"].get("dropout"):
         raise UserError(f"{key}={path}: its tokenizer.json has dropout, by which tokens vary; set it to null")
+    twice = next((number for number, count in Counter(state["model"]["vocab"].values()).items() if count > 1), None)
+    if twice is not None:
+        raise UserError(
+            f"{key}={path}: two pieces of its tokenizer.json have the number {twice}; bring the tokenizer again"
+        )
     # Tokens behind the model's pieces get numbers by their place, unless the model itself knows them: new pieces would
     # push them back.
     vocab = state["model"]["vocab"]

@@ -163,8 +163,8 @@ class Pieces:
         return len(piece.encode()) if self.kind == SENTENCEPIECE else len(piece)
 
     def shown(self, piece: str) -> str:
-        """A piece as a text to look at; a part of a character is a replacement character."""
-        return piece if self.kind == SENTENCEPIECE else as_bytes(piece).decode(errors="replace")
+        """A piece as a text to look at; of a part of a character, its bytes."""
+        return piece if self.kind == SENTENCEPIECE else as_bytes(piece).decode(errors="backslashreplace")
 
     def texts(self, piece: str) -> Iterator[str]:
         """Texts that may give a new piece: itself, or, where it ends amid a character, with each of those that begin

@@ -30,7 +30,8 @@ th { border-bottom: 1px solid #888; font-weight: 600 } td:first-child, th:first-
 with different vocabularies by bits per byte.</p>
 <h2>Compression by size of the vocabulary</h2>
 <p class="note">With the first so many of the pieces that were learned, in their order. The dashed line is the size that
-was written; where a curve has gone flat, further pieces cost memory and bring little.</p>
+was written; where a curve has gone flat, further pieces cost memory and bring little. The curves end with
+half as many pieces again as were asked for: to choose, ask first for the most that you would consider.</p>
 {{ plot|safe }}
 <h2>The {{ found.most_used|length }} most used new pieces</h2>
 <p class="pieces">{% for piece, count in found.most_used %}<span>{{ piece }}
@@ -94,7 +95,7 @@ def table(found: Findings, output: Path) -> str:
 
 
 def plot(found: Findings) -> str:
-    """Characters per token over the size of the vocabulary, a line for each text, as SVG."""
+    """Tokens for the same text over the size of the vocabulary, a line for each text, as SVG."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -104,12 +105,13 @@ def plot(found: Findings) -> str:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "llm_recipes"}):
         figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
         for points in found.curve.values():
-            axes.plot([count for count, _ in points], [each for _, each in points], marker="o", markersize=3)
+            sizes, per_token = zip(*points, strict=True)
+            axes.plot(sizes, [per_token[0] / each for each in per_token], marker="o", markersize=3)
         # By hand: of a name that begins with an underscore matplotlib takes no notice.
         legend = axes.legend(axes.lines, list(found.curve))
         axes.axvline(found.tokens_after, linestyle="--", color="#888", linewidth=1)
         axes.set_xlabel("tokens in the vocabulary")
-        axes.set_ylabel("characters per token")
+        axes.set_ylabel("tokens for the same text, of those before")
         axes.set_ylim(bottom=0)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axes.grid(alpha=0.3)
