@@ -48,6 +48,7 @@ def prove(base: Base, merged: Any, pieces: Pieces, added: Sequence[Added], texts
         parts = [part for part in parts if not pieces.scripts.has(old.normalizer.normalize_str(part))]
     _same_ids(old, new, parts)
     _nothing_lost(old, new, samples)
+    _control_tokens_stay_text(old, new)
     _each_is_produced(new, pieces, added, base.first)
     tried = f"proved on {len(samples):,} texts: every new piece is produced, nothing is lost, texts of "
     if base.proto is None:
@@ -93,6 +94,18 @@ def _nothing_lost(old: Any, new: Any, texts: Sequence[str]) -> None:
             raise Broken(f"{text[:60]!r} would be read back as another text than before; this is a bug")
 
 
+def _control_tokens_stay_text(old: Any, new: Any) -> None:
+    """A special token's string on a page of text gives what it gave, where such strings are read as text."""
+    contents = [token.content for token in old.get_added_tokens_decoder().values()]
+    for each in (old, new):
+        each.encode_special_tokens = True
+    try:
+        _same_ids(old, new, contents)
+    finally:
+        for each in (old, new):
+            each.encode_special_tokens = False
+
+
 def _each_is_produced(new: Any, pieces: Pieces, added: Sequence[Added], first: int) -> None:
     for number, each in enumerate(added, first):
         # At a text's start an old piece of a space and this piece's first character may come before it.
@@ -102,7 +115,7 @@ def _each_is_produced(new: Any, pieces: Pieces, added: Sequence[Added], first: i
 
 
 def _both_forms_agree(base: Base, new: Any, texts: Sequence[str], folder: Path) -> int:
-    """Wherever the old two forms did: transformers' reading of some old models differs on leading spaces.
+    """Wherever the old two forms did: transformers' reading of some old models differs on runs of spaces.
 
     Returns:
         On how many texts.
@@ -122,6 +135,13 @@ def _both_forms_agree(base: Base, new: Any, texts: Sequence[str], folder: Path) 
         raise UserError(
             f"{base.where}: its SentencePiece model and its tokenizer.json agree on none of {len(texts)} texts: they "
             "do not belong together; take the model file out of the folder, and only tokenizer.json will be extended"
+        )
+    if len(agreed) < len(texts) and base.folder is not None and not (base.folder / "tokenizer.json").is_file():
+        other = next(text for text in texts if text not in agreed)
+        raise UserError(
+            f"{base.where}: a SentencePiece model without a tokenizer.json, which transformers reads its own way "
+            f"({other[:40]!r}); save it with transformers first, so that this way stays, or name the model file "
+            "itself (tokenizer=) for sentencepiece's way"
         )
     for text, ids, own in zip(agreed, _ids(new, agreed), after.encode(agreed), strict=True):
         if ids != own:

@@ -57,6 +57,14 @@ def test_a_folders_forms_agree_wherever_they_did(name: str, text: str, extended:
         assert ids == one.sentencepiece.encode(text)
 
 
+def test_a_model_file_that_transformers_reads_in_another_way_is_no_base(corpus: str, tmp_path: Path) -> None:
+    folder = bases.mistral(tmp_path / "base")
+    assert not (folder / "tokenizer.json").exists()
+    with pytest.raises(UserError, match=r"a SentencePiece model without a tokenizer.json"):
+        bases.quiet(corpus=corpus, output=str(tmp_path / "new"), vocab_size=32_100, tokenizer=str(folder))
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("name", list(bases.SENTENCEPIECE))
 def test_new_scores_lie_below_every_old_one_and_all_else_is_as_it_was(
     name: str, extended: Callable[[str], Any]
