@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from llm_recipes.checkpoints import manifest
+from llm_recipes.checkpoints.shards import Folder
 from llm_recipes.config import BatchWarmupConfig, GuardConfig, ModelConfig, OptimConfig, ParallelConfig, ReportConfig
 from llm_recipes.errors import UserError
 from llm_recipes.telemetry import metrics
@@ -307,6 +308,9 @@ def test_old_rows_do_not_go_on_by_the_momentum_of_a_run_that_trained_all(
     assert ranks(2, run, config)[0][0] is None
     assert moved(before, weights(last(folder, 8, "next") / "model"), TABLES["tied"]) == []
     assert absent(last(folder, 8, "next")) == before.keys() - TABLES["tied"], "nor are their moments kept"
+    for moment in ("exp_avg", "exp_avg_sq"):
+        kept = Folder(last(folder, 8, "next") / "optimizer").read(f"model.embed_tokens.weight.{moment}")
+        assert not kept[:FIRST].any() and kept[FIRST:].any()
 
 
 def reserved(folder: str) -> set[str]:
