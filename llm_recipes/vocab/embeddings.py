@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 from llm_recipes.checkpoints import shards
 from llm_recipes.checkpoints.shards import Box, Stored
 from llm_recipes.errors import UserError, first_line
+from llm_recipes.vocab.base import write_json
 from llm_recipes.vocab.rows import NewRows, new_rows
 from llm_recipes.vocab.tables import Table, Vocabulary, vocabulary_tables
 
@@ -82,11 +83,11 @@ def extend_model(
         _write_file(target / path.name, path, stored, vocabulary.tables, new)
     summary = _summary(vocabulary, new)
     if (source / INDEX).exists():
-        _write_json(target / INDEX, _larger_index(source, vocabulary, summary))
-    _write_json(target / "config.json", config)
+        write_json(target / INDEX, _larger_index(source, vocabulary, summary))
+    write_json(target / "config.json", config)
     generation = _quiet_padding(source, new)
     if generation is not None:
-        _write_json(target / GENERATION, generation)
+        write_json(target / GENERATION, generation)
     return summary
 
 
@@ -199,7 +200,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{path}: no JSON object; bring the model again")
     return found
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
