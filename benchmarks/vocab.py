@@ -154,6 +154,7 @@ def loading(folder: Path, corpus: list[str], size: int, rounds: int) -> tuple[fl
         corpus=str(folder.parent / "whole.jsonl"), output="", vocab_size=size, new="sentencepiece"
     )
     fresh.make(config, whole, Console(file=open(os.devnull, "w")))  # noqa: SIM115
+    AutoTokenizer.from_pretrained(whole).save_pretrained(whole)  # as such tokenizers are given out
     times: dict[Path, list[float]] = {folder: [], whole: []}
     for number in range(rounds):
         for each in (folder, whole) if number % 2 else (whole, folder):
