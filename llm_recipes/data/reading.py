@@ -9,6 +9,7 @@ import glob
 import io
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -337,3 +338,21 @@ def all_blocks(inputs: Iterable[Input]) -> Iterator[tuple[Block | Problem, int]]
         except DamagedInput as error:
             yield Problem(DAMAGED, str(error)), before + source.size
         before += source.size
+
+
+def readable_blocks(inputs: Iterable[Input], stop: bool, skipped: Counter[str]) -> Iterator[tuple[Block, int]]:
+    """`all_blocks` without what could not be read.
+
+    Args:
+        skipped: where that is counted, by its reason.
+
+    Raises:
+        UserError: an input cannot be read to its end, and `stop` is set.
+    """
+    for block, done in all_blocks(inputs):
+        if isinstance(block, Block):
+            yield block, done
+        elif stop:
+            raise UserError(f"{block.detail}; on_error=skip goes on with what could be read")
+        else:
+            skipped[block.reason] += 1

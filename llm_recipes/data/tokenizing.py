@@ -20,7 +20,7 @@ from rich.console import Console
 from llm_recipes.config import TokenizeConfig
 from llm_recipes.data.backends import Disagreement, prepared_json
 from llm_recipes.data.encoding import Encoded, Encoder, Recipe
-from llm_recipes.data.reading import Input, all_blocks, open_inputs
+from llm_recipes.data.reading import Input, all_blocks, open_inputs, readable_blocks
 from llm_recipes.data.rows import Block
 from llm_recipes.data.sidecar import Sidecar
 from llm_recipes.data.token_file import TokenFileWriter, smallest_dtype
@@ -245,17 +245,9 @@ def _encoded(
 ) -> Generator[tuple[Encoded, int], None, None]:
     """Every block's documents in the order of the input, with the bytes of input they end at."""
 
-    def blocks() -> Iterator[tuple[Block, int]]:
-        for block, done in all_blocks(inputs):
-            if isinstance(block, Block):
-                yield block, done
-            elif recipe.stop_on_error:
-                raise UserError(f"{block.detail}; on_error=skip goes on with what could be read")
-            else:
-                skipped[block.reason] += 1
-
+    blocks = readable_blocks(inputs, recipe.stop_on_error, skipped)
     try:
-        yield from in_order(blocks(), _encode_block, workers, _start_worker, (recipe,))
+        yield from in_order(blocks, _encode_block, workers, _start_worker, (recipe,))
     except BrokenProcessPool as error:
         raise UserError(
             f"a worker process died (for lack of memory, perhaps): try fewer than workers={workers}, "

@@ -92,12 +92,12 @@ class Pieces:
         held = [token["content"] for token in state.get("added_tokens") or [] if scripts.has(token["content"])]
         self._cut_out = [token if kind == SENTENCEPIECE else token.encode() for token in held]
         self.added: list[Added] = []
-        self.merges = [tuple(each.split(" ") if isinstance(each, str) else each) for each in state["model"]["merges"]]
+        merges = [tuple(each.split(" ") if isinstance(each, str) else each) for each in state["model"]["merges"]]
         # SentencePiece has no list of merges: any two neighbours are joined whose joint text is a piece, best first.
         self._rank: dict[Any, int] = {}
-        for number, (left, right) in enumerate(self.merges):
+        for number, (left, right) in enumerate(merges):
             self._rank.setdefault(self._key(left, right), number)
-        self._next = len(self.merges)
+        self._next = len(merges)
 
     def _key(self, left: str, right: str) -> Any:
         return left + right if self.kind == SENTENCEPIECE else (left, right)

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from llm_recipes.config import ExtendVocabConfig, TokenizeConfig
-from llm_recipes.data.reading import Input, all_blocks, open_inputs
+from llm_recipes.data.reading import Input, open_inputs, readable_blocks
 from llm_recipes.data.rows import NOT_UTF8, Block, Problem, rows
 from llm_recipes.data.workers import in_order, worthwhile
 from llm_recipes.errors import UserError
@@ -67,7 +67,7 @@ def count(inputs: list[Input], scripts: Scripts, config: ExtendVocabConfig, hold
     total = sum(each.size for each in inputs)
     counter = _Counter(scripts.names, config.nfkc, config.words, config.text_key, config.messages_key,
                        config.on_error == "stop", hold_out)  # fmt: skip
-    blocks = _blocks(inputs, config.on_error == "stop", result.skipped)
+    blocks = readable_blocks(inputs, config.on_error == "stop", result.skipped)
     workers = config.workers or worthwhile(total)
     found = in_order(blocks, _count_block, workers, _start, (counter,))
     try:
@@ -119,16 +119,6 @@ def _add(counts: dict[str, int], more: Mapping[str, int]) -> None:
         counts[word] = counts.get(word, 0) + number
 
 
-def _blocks(inputs: list[Input], stop: bool, skipped: Counter[str]) -> Iterator[tuple[Block, int]]:
-    for block, done in all_blocks(inputs):
-        if isinstance(block, Block):
-            yield block, done
-        elif stop:
-            raise UserError(f"{block.detail}; on_error=skip goes on with what could be read")
-        else:
-            skipped[block.reason] += 1
-
-
 def texts_of(block: Block, text_key: str, messages_key: str) -> Iterator[tuple[int, str | Problem]]:
     """Each row's number and text; of a conversation, what is said in it."""
     for number, value in rows(block, text_key, messages_key):
@@ -150,7 +140,7 @@ def all_texts(paths: Any, config: ExtendVocabConfig, key: str) -> Iterator[str]:
         UserError: one is broken, and `on_error` is `stop`.
     """
     stop = config.on_error == "stop"
-    for block, _ in _blocks(open_texts(paths, config, key), stop, Counter()):
+    for block, _ in readable_blocks(open_texts(paths, config, key), stop, Counter()):
         for number, text in texts_of(block, config.text_key, config.messages_key):
             if isinstance(text, str):
                 yield text

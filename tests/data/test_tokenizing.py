@@ -587,7 +587,7 @@ def test_a_dead_worker_is_an_error_and_no_hang(tmp_path: Path, folder: Path, mon
 
 def test_only_a_few_blocks_are_under_way(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun, finished, most = 0, 0, 0
-    honest = tokenizing.all_blocks
+    honest = reading.all_blocks
 
     def counted(inputs: Any) -> Iterator[Any]:
         nonlocal begun, most
@@ -601,7 +601,7 @@ def test_only_a_few_blocks_are_under_way(tmp_path: Path, folder: Path, monkeypat
         finished += 1
 
     monkeypatch.setattr(reading, "BLOCK_BYTES", 1000)
-    monkeypatch.setattr(tokenizing, "all_blocks", counted)
+    monkeypatch.setattr(reading, "all_blocks", counted)
     monkeypatch.setattr(tokenizing.Meter, "show", show)
     run(tmp_path, folder, [{"text": text} for text in many_texts(400)], workers=2, backend="tokenizers")
     assert finished > 50
