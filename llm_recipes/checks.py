@@ -224,7 +224,10 @@ def check_extend_vocab(config: ExtendVocabConfig) -> None:
 
 
 def check_report(config: ReportConfig) -> None:
-    """Refuse a number that cannot be meant."""
+    """Refuse what names no one thing to report on, and a number that cannot be meant."""
+    given = [name for name in ("run", "sweep", "runs") if getattr(config, name) is not None]
+    if len(given) != 1:
+        raise UserError("give run (a run's folder), sweep (a search's) or runs (a folder with runs below it)")
     if config.step is not None and config.step < 0:
         raise UserError(f"step={config.step}: must not be negative")
     if config.limit < 1:

@@ -25,10 +25,10 @@ from llm_recipes.telemetry import metrics
 log = logging.getLogger(__name__)
 
 MAY_CHANGE = (
-    "train.stop_at", "train.micro_batch_size", "logging", "checkpoint", "validation", "guard", "run", "dry_run",
-    "data.workers", "data.verify", "data.validation", "data.accept_tokenizer",
+    "train.stop_at", "train.micro_batch_size", "logging", "checkpoint", "validation", "evaluation", "search", "guard",
+    "run", "dry_run", "data.workers", "data.verify", "data.validation", "data.accept_tokenizer",
     "parallel.sharding", "parallel.replicas", "parallel.reduce", "parallel.cpu_offload", "parallel.timeout_seconds",
-    "model.activation_checkpointing", "model.compile", "model.attention",
+    "model.activation_checkpointing", "model.compile", "model.attention", "model.shape",
 )  # fmt: skip
 """Keys that do not decide what a run learns, or only how fast."""
 

@@ -26,6 +26,7 @@ def report(config: ReportConfig) -> None:
     Raises:
         UserError: no run there, or no such step.
     """
+    assert config.run is not None
     folder = Path(config.run)
     path = folder / "metrics.jsonl"
     if not path.is_file():

@@ -1,18 +1,10 @@
-"""The typed schema of everything in `conf/`.
-
-Sizes are in sequences, lengths in tokens, times in seconds (their names say so). Importing this
-module costs no torch: a wrong configuration is an answer within a second.
-"""
+"""What a run is."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
-REQUIRED: Any = "???"
-
-
-def choice(default: str | None, *others: str) -> Any:
-    """A string field that takes only these values."""
-    return field(default=default, metadata={"choices": (default, *others)})
+from llm_recipes.config.fields import REQUIRED, choice
+from llm_recipes.config.search import SearchConfig
 
 
 @dataclass
@@ -27,6 +19,8 @@ class ModelConfig:
     activation_checkpointing: str = choice("none", "full", "selective")
     compile: bool = False
     """Compile each layer on its own."""
+    shape: dict[str, Any] = field(default_factory=dict)
+    """The model's own config.json, for `llm_recipes.plan` before there is a folder."""
     trust_remote_code: bool = False
 
 
@@ -180,6 +174,23 @@ class ValidationConfig:
 
 
 @dataclass
+class EvaluationConfig:
+    """Suites (`conf/suite/`) that a run measures itself with. Their steps' checkpoints are kept."""
+
+    suites: list[str] = field(default_factory=list)
+    at_steps: list[int] = field(default_factory=list)
+    every: int | None = None
+    """Steps. The horizon is one of them."""
+    base: bool = True
+    """Also the untouched model: once for all runs of a folder that begin with it."""
+    where: str = choice("here", "elsewhere")
+    """`here`: on the sharded model, while training waits; what needs no generation. `elsewhere`: the run only keeps
+    the checkpoint, for `python -m llm_recipes.evaluate watch=<run>` on other devices."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """Local data by task, as of `llm_recipes.evaluate`."""
+
+
+@dataclass
 class WandbConfig:
     mode: str = choice("disabled", "online", "offline")
     entity: str | None = None
@@ -222,116 +233,9 @@ class PretrainConfig:
     guard: GuardConfig = field(default_factory=GuardConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     run: RunConfig = field(default_factory=RunConfig)
     dry_run: bool = False
     """All proofs, one step at full size, a save, a load, a comparison, peak memory; then stop."""
-
-
-@dataclass
-class TokenizeConfig:
-    input: Any = REQUIRED
-    """Files (JSONL, .jsonl.gz, .jsonl.zst, Parquet), a glob, a list, or a `datasets` name."""
-    output: str = REQUIRED
-    """The token file, without an ending."""
-    tokenizer: str = REQUIRED
-    """A model folder, or a name on the hub."""
-    format: str = choice("auto", "jsonl", "parquet", "datasets")
-    config: str | None = None
-    """With a `datasets` dataset: its configuration, for example `20231101.ja`."""
-    split: str = "train"
-    text_key: str = "text"
-    messages_key: str = "messages"
-    """Rows with this column are conversations, rendered by the chat template."""
-    bos: str = choice("auto", "always", "never")
-    eod: str | None = None
-    """The end-of-document token. None: the tokenizer's end-of-sequence token."""
-    backend: str = choice("auto", "fastokens", "tokenizers")
-    workers: int | None = None
-    """Processes. None: all cores."""
-    on_error: str = choice("stop", "skip")
-    """A broken row stops the work, or is counted and left out."""
-    licence: str | None = None
-    language: str | None = None
-    overwrite: bool = False
-    trust_remote_code: bool = False
-
-
-@dataclass
-class ExportConfig:
-    checkpoint: str = REQUIRED
-    """A run's `checkpoints/step-...` folder."""
-    output: str = REQUIRED
-    dtype: str = choice("bfloat16", "float16", "float32")
-    push_to_hub: str | None = None
-    """A repository's name; created private."""
-    branch: str = "main"
-    max_shard_size: str = "5GB"
-
-
-@dataclass
-class ExtendVocabConfig:
-    corpus: Any = REQUIRED
-    """Text to learn from: files (JSONL, .jsonl.gz, .jsonl.zst, Parquet), a glob, a list, or a `datasets` name."""
-    output: str = REQUIRED
-    """The new folder."""
-    vocab_size: int = REQUIRED
-    """Tokens in the new vocabulary, the old ones and the special ones included."""
-    model: str | None = None
-    """A model folder, or a name on the hub: its tokenizer and its embeddings are extended."""
-    tokenizer: str | None = None
-    """In place of `model`, a tokenizer alone: a folder, a name on the hub, or a SentencePiece `.model` file."""
-    new: str | None = choice(None, "byte_level", "sentencepiece")
-    """In place of both: a whole new tokenizer, from nothing but the corpus."""
-    multiple_of: int = 1
-    """The embeddings' rows are rounded up to a multiple of this."""
-    scripts: Any = field(default_factory=lambda: ["hiragana", "katakana", "kanji", "fullwidth"])
-    """One or a list: new pieces are of these alone; also any of Unicode's scripts, such as `hangul`."""
-    rows: str = choice("mean", "weighted", "random")
-    """A new piece's embedding: the mean of the old rows of its text, that mean weighted by how frequent these old
-    pieces are in the corpus, or random with the table's mean and covariance."""
-    held_out: dict[str, Any] = field(default_factory=dict)
-    """Texts to measure on, by name (`held_out.en=en.jsonl`). None: one in 50 documents of the corpus, which are
-    then left out of learning."""
-    nfkc: bool = False
-    """Learn from NFKC-normalized text. The tokenizer itself does not normalize because of it."""
-    words: str | None = choice(None, "fugashi")
-    """Learn no piece that reaches over a word's end, as this morphological analyser finds words."""
-    character_coverage: float = 0.9995
-    """SentencePiece: share of the corpus's characters that become pieces; the others stay bytes."""
-    max_piece_length: int = 16
-    """Characters in a new piece, at most."""
-    format: str = choice("auto", "jsonl", "parquet", "datasets")
-    config: str | None = None
-    """With a `datasets` dataset: its configuration, for example `20231101.ja`."""
-    split: str = "train"
-    text_key: str = "text"
-    messages_key: str = "messages"
-    """Rows with this column are conversations; what is said in them is read."""
-    on_error: str = choice("stop", "skip")
-    """A broken row stops the work, or is counted and left out."""
-    workers: int | None = None
-    """Processes that read the corpus. None: all cores."""
-    seed: int = 0
-    trust_remote_code: bool = False
-
-
-@dataclass
-class ReportConfig:
-    run: str = REQUIRED
-    """A run's folder."""
-    step: int | None = None
-    """Of one step, all that is written down."""
-    samples: bool = False
-    """With `step`: the text of its samples."""
-    limit: int = 8
-    """Samples to show at most."""
-
-
-SCHEMAS: dict[str, type] = {
-    "pretrain": PretrainConfig,
-    "tokenize": TokenizeConfig,
-    "export": ExportConfig,
-    "extend_vocab": ExtendVocabConfig,
-    "report": ReportConfig,
-}
