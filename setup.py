@@ -6,7 +6,11 @@ The checkout keeps conf/ at its top, where a user reads it; a wheel carries it a
 from setuptools import find_packages, setup
 
 setup(
-    packages=[*find_packages(include=["llm_recipes", "llm_recipes.*"]), "llm_recipes.conf"],
+    packages=[
+        *find_packages(include=["llm_recipes", "llm_recipes.*"]),
+        "llm_recipes.conf",
+        "hydra_plugins.llm_recipes_launcher",
+    ],
     package_dir={"llm_recipes.conf": "conf"},
     package_data={"llm_recipes.conf": ["**/*.yaml"]},
 )

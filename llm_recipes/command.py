@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import UnionType
@@ -197,23 +198,45 @@ def fail(error: UserError) -> None:
     os._exit(EXIT_STATUS) if "torch" in sys.modules else sys.exit(EXIT_STATUS)
 
 
-def run_verb(verb: str, function: Callable[[Any], None]) -> None:
+def add_override(word: str) -> None:
+    """Beside the others on the command line: argparse does not take them from both sides of a flag."""
+    first = next((at for at, each in enumerate(sys.argv) if at and "=" in each and each[0] != "-"), 1)
+    sys.argv.insert(first, word)
+
+
+def typed(composed: DictConfig, emptied: list[str]) -> Any:
+    """What Hydra has composed, as the schema's dataclasses.
+
+    Raises:
+        UserError, OmegaConfBaseException: something is missing, or cannot be resolved.
+    """
+    for key in emptied:
+        OmegaConf.update(composed, key, {}, merge=False)
+    OmegaConf.resolve(composed)
+    missing = sorted(OmegaConf.missing_keys(composed) | empty_keys(composed))
+    if missing:
+        raise UserError(f"{', '.join(missing)}: needed, and not given (see --help)")
+    return OmegaConf.to_object(composed)
+
+
+def run_verb(verb: str, function: Callable[[Any], Any]) -> None:
     """Compose `conf/<verb>.yaml` with the command line, check it, and call the verb with typed configuration."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors to us, in place of printing them itself.
     ConfigStore.instance().store(name=f"{verb}_schema", node=SCHEMAS[verb])
     emptied: list[str] = []
+    line = sys.argv[1:]
+    launch: Any = None
 
     def task(composed: DictConfig) -> None:
         try:
-            for key in emptied:
-                OmegaConf.update(composed, key, {}, merge=False)
-            OmegaConf.resolve(composed)
-            missing = sorted(OmegaConf.missing_keys(composed) | empty_keys(composed))
-            if missing:
-                raise UserError(f"{', '.join(missing)}: needed, and not given (see --help)")
-            config = OmegaConf.to_object(composed)
-            check(verb, config)
-            function(config)
+            config = typed(composed, emptied)
+            if launch is not None:
+                from llm_recipes.search import multirun
+
+                multirun.run(launch, config)
+            else:
+                check(verb, config)
+                function(config)
         except OmegaConfBaseException as error:
             fail(UserError(explain(error, verb)))  # here already: Hydra would print a line of its own on the way
         except Exception as error:
@@ -225,11 +248,18 @@ def run_verb(verb: str, function: Callable[[Any], None]) -> None:
     main = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=verb)(task)
     try:
         if OWN_CONF.is_dir():
-            # Beside the other overrides: argparse does not take them from both sides of a flag.
-            first = next((at for at, word in enumerate(sys.argv) if at and "=" in word and word[0] != "-"), 1)
-            sys.argv.insert(first, f"hydra.searchpath=[file://{OWN_CONF}]")
+            add_override(f"hydra.searchpath=[file://{OWN_CONF}]")
         sys.argv[1:], emptied[:] = read_overrides(verb, sys.argv[1:])
+        if "search" in get_type_hints(SCHEMAS[verb]) and {"-m", "--multirun"} & set(line):
+            from llm_recipes.search import torchrun
+            from llm_recipes.search.launch import Launch
+
+            launch = Launch(verb, line, partial(check, verb), function, partial(typed, emptied=emptied), emptied)
+            torchrun.register(launch)
+            add_override(f"search.swept=[{','.join(launch.swept)}]")
         main()
+        if launch is not None:
+            launch.end()
     except UserError as error:
         fail(error)
     except (HydraException, OmegaConfBaseException) as error:

@@ -4,11 +4,11 @@ from llm_recipes.command import run_verb
 from llm_recipes.config import PretrainConfig
 
 
-def main(config: PretrainConfig) -> None:
-    """Run, or continue, what the configuration describes."""
+def main(config: PretrainConfig) -> str | None:
+    """Run, or continue, what the configuration describes; why it was asked to stop, if it was."""
     from llm_recipes.training.run import pretrain
 
-    pretrain(config)
+    return pretrain(config)
 
 
 if __name__ == "__main__":

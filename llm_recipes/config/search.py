@@ -23,4 +23,6 @@ class SearchConfig:
     name: str = "search"
     keys: list[str] = field(default_factory=list)
     """Keys that name a job besides those that are given several values."""
+    swept: list[str] = field(default_factory=list)
+    """Filled in by the launch: those that are."""
     rule: RuleConfig = field(default_factory=RuleConfig)

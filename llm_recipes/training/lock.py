@@ -138,6 +138,11 @@ class Lock:
                 os.link(aside, self.path)
         aside.unlink()
 
+    def is_taken(self, wait: Callable[[float], None] = time.sleep) -> bool:
+        """Whether another living process is the folder's writer."""
+        found = self._read()
+        return found is not None and self._is_alive(found, wait)
+
     def owner(self) -> str:
         """What has become of it."""
         found = self._read()

@@ -111,8 +111,11 @@ def open_data(config: PretrainConfig, folder: str, ranks: int) -> Data:
     )
 
 
-def pretrain(config: PretrainConfig) -> None:
+def pretrain(config: PretrainConfig) -> str | None:
     """Run, or continue, the training that a configuration describes.
+
+    Returns:
+        Why it was asked to stop before its end; None: it was not.
 
     Raises:
         UserError: a mistake in the configuration, the model folder or the data.
@@ -120,7 +123,7 @@ def pretrain(config: PretrainConfig) -> None:
     me = topology.launch()
     try:
         with early_signals():
-            _pretrain(config, me)
+            return _pretrain(config, me)
     except Exception as error:
         if me.rank == 0 and config.run.on_event is not None:
             folder = RunFolder(config).path
@@ -129,7 +132,7 @@ def pretrain(config: PretrainConfig) -> None:
         raise
 
 
-def _pretrain(config: PretrainConfig, me: topology.Launch) -> None:
+def _pretrain(config: PretrainConfig, me: topology.Launch) -> str | None:
     terminal.start_logging(me.rank == 0)
     loading.quiet_libraries()
     if config.train.deterministic:
@@ -142,13 +145,14 @@ def _pretrain(config: PretrainConfig, me: topology.Launch) -> None:
         weight_files(base)
     place = topology.start(config.parallel)
     try:
-        _Run(config, data, Path(base), place).go()
+        why = _Run(config, data, Path(base), place).go()
     except UserError as error:
         if error.everywhere:
             topology.stop()
         raise
     # After an error of one rank alone the others may be in a collective: then the group is left as it is.
     topology.stop()
+    return why
 
 
 class _Run:
@@ -160,14 +164,14 @@ class _Run:
         self.lock = Lock(self.folder.path)
         self.names = [source.name for source in data.sources]
 
-    def go(self) -> None:
+    def go(self) -> str | None:
         try:
-            self._go()
+            return self._go()
         finally:
             if self.place.is_first and not self.config.dry_run:
                 self.lock.release()
 
-    def _go(self) -> None:
+    def _go(self) -> str | None:
         config, place = self.config, self.place
         starts, self.folder.id, account = place.on_first(self._open_folder)
         mixture = corpora.mix(self.data.sources, config.data, starts)
@@ -211,9 +215,9 @@ class _Run:
         if config.dry_run:
             with contextlib.closing(batches(step, step + 1)) as training.batches:
                 dry_run(training, config.checkpoint, self.folder, self.base, self.names)
-            return
+            return None
         place.on_first(partial(self._begin_folder, starts, plan))
-        Trainer(
+        return Trainer(
             config, place, self.folder, self.lock, training, mixture, self.data.validation, self.data.steps,
             self.data.stop, batches, self.base, account,
         ).go(fresh=found is None)  # fmt: skip

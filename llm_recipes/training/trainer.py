@@ -71,8 +71,11 @@ class Trainer:
         self.safe = self.training.progress.step
         """The step that nobody can lose any more."""
 
-    def go(self, fresh: bool) -> None:
+    def go(self, fresh: bool) -> str | None:
         """Train until the stop, or until asked to.
+
+        Returns:
+            Why it was asked to; None: it was not.
 
         Raises:
             UserError: the run cannot go on: no space, too much trouble.
@@ -82,7 +85,7 @@ class Trainer:
             log.info(
                 "nothing to do: step %d of %d is done (train.stop_at, train.steps)", training.progress.step, self.stop
             )
-            return
+            return None
         off = dataclasses.replace(config.logging.wandb, mode="disabled")
         wandb = config.logging.wandb if self.place.is_first else off
         self.tracker = Tracker(wandb, self.folder.path, self.folder.settings, self.folder.id)
@@ -102,6 +105,7 @@ class Trainer:
                 while training.progress.step < self.stop and why is None:
                     why = self._steps()
                 self._leave(why)
+                return why
         except UserError as error:
             self.events.write("error", training.progress.step, message=str(error))
             with contextlib.suppress(RuntimeError):
