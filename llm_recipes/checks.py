@@ -58,6 +58,9 @@ def check_horizon(config: PretrainConfig, steps: int, where: str) -> None:
         )
     if train.stop_at is not None and train.stop_at > steps:
         raise UserError(f"train.stop_at={train.stop_at} lies past {where}")
+    for step in config.evaluation.at_steps:
+        if step > steps:
+            raise UserError(f"evaluation.at_steps={step} lies past {where}")
 
 
 def check_pretrain(config: PretrainConfig) -> None:
@@ -92,6 +95,8 @@ def check_pretrain(config: PretrainConfig) -> None:
         "run.max_seconds": config.run.max_seconds,
         "run.stall_seconds": config.run.stall_seconds,
         "validation.every": config.validation.every,
+        "evaluation.every": config.evaluation.every,
+        **{f"evaluation.at_steps[{at}]": step for at, step in enumerate(config.evaluation.at_steps)},
         "logging.every": config.logging.every,
         "parallel.replicas": config.parallel.replicas,
         "parallel.timeout_seconds": config.parallel.timeout_seconds,

@@ -27,7 +27,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandat
 
 from llm_recipes.checks import check
 from llm_recipes.config import SCHEMAS
-from llm_recipes.errors import EXIT_STATUS, UserError, as_user_error, did_you_mean
+from llm_recipes.errors import EXIT_STATUS, UserError, as_user_error, did_you_mean, first_line
 
 PACKAGE = Path(__file__).parent
 SECONDS_FOR_RANK_0 = 20
@@ -274,6 +274,10 @@ def run_verb(verb: str, function: Callable[[Any], Any]) -> None:
         if broken is None:
             raise
         fail(UserError(f"{broken}: not UTF-8 ({error.reason} at byte {error.start + 1})"))
+    except Exception as error:
+        if not type(error).__module__.startswith("submitit"):
+            raise
+        fail(UserError(f"a job's processes have died ({first_line(error)}); see .submitit in the search's folder"))
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)

@@ -6,6 +6,7 @@ A state in fp32 with Adam's moments is 12 bytes a parameter; what is evaluated l
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,19 +22,28 @@ class Retired:
     keep_weights: bool
 
 
-def plan(root: Path, keep: int | None, keep_every: int | None, newest: int | None = None) -> list[Retired]:
-    """What becomes of the checkpoints older than the newest `keep`: those at multiples of `keep_every` keep their
-    weights, if they have not lost the rest already; the others go.
+def plan(
+    root: Path,
+    keep: int | None,
+    keep_every: int | None,
+    newest: int | None = None,
+    is_evaluated: Callable[[int], bool] = lambda step: False,
+) -> list[Retired]:
+    """What becomes of the checkpoints older than the newest `keep`: those at multiples of `keep_every`, and those that
+    are evaluated, keep their weights, if they have not lost the rest already; the others go.
 
     Args:
         newest: the step that was committed just now. What is past it was too damaged to go on from: it is left alone,
             and takes no whole one's place.
+        is_evaluated: whether a step's checkpoint is.
     """
     if keep is None:
         return []
     own = (each for each in manifest.checkpoints(root) if newest is None or manifest.step_of(each) <= newest)
     old = list(own)[keep:]
-    kept = {each for each in old if keep_every is not None and manifest.step_of(each) % keep_every == 0}
+    steps = {each: manifest.step_of(each) for each in old}
+    every = {each for each in old if keep_every is not None and steps[each] % keep_every == 0}
+    kept = every | {each for each in old if is_evaluated(steps[each])}
     return [Retired(each, each in kept) for each in old if each not in kept or not manifest.weights_only(each)]
 
 

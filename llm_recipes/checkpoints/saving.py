@@ -64,6 +64,7 @@ class Saver:
         config: what to keep.
         run_id: goes into the manifest: a checkpoint belongs to its run.
         may_commit: asked by the first rank just before a checkpoint gets its name (is the folder still ours?).
+        is_evaluated: whether a step's checkpoint is measured, and its weights stay for good.
     """
 
     def __init__(
@@ -74,12 +75,13 @@ class Saver:
         topology: Topology,
         run_id: str | None = None,
         may_commit: Callable[[], bool] = lambda: True,
+        is_evaluated: Callable[[int], bool] = lambda step: False,
     ) -> None:
         self.root, self.base, self.config, self.run_id = root, base, config, run_id
         self.topology = topology
         self.longest = 0.0
         """Seconds of the longest save so far."""
-        self._may_commit = may_commit
+        self._may_commit, self._is_evaluated = may_commit, is_evaluated
         self._group = topology.group_of_its_own()
         self._buffers: dict[str, torch.Tensor] = {}
         self._cuda = topology.device.type == "cuda"
@@ -278,7 +280,9 @@ class Saver:
     def _retire(self, step: int) -> None:
         """Old checkpoints go, or keep their weights alone, now that a newer one is there."""
         config = self.config
-        plan, problem = self._on_first(lambda: retention.plan(self.root, config.keep, config.keep_every, step))
+        plan, problem = self._on_first(
+            lambda: retention.plan(self.root, config.keep, config.keep_every, step, self._is_evaluated)
+        )
         for each in plan or ():
             if each.keep_weights:
                 trouble = self._slim(each.folder)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import QuotedString
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
@@ -67,13 +67,12 @@ def swept_keys(arguments: Iterable[str]) -> list[str]:
         if key.startswith(("run.", "search.")):
             raise UserError(f"{key}: names the search itself; it cannot have several values")
         if override.is_discrete_sweep():
-            texts = list(override.sweep_string_iterator())
-            values: dict[str, str] = {}
-            for text in texts:
+            seen = set()
+            for text in override.sweep_string_iterator():
                 value = shown(parser.parse_override(f"a={text}").value())
-                if value in values:
-                    raise UserError(f"{key}: {values[value]} and {text} are the same value: two jobs of one folder")
-                values[value] = text
+                if value in seen:
+                    raise UserError(f"{key}={value}: stands there twice, and both jobs would have one folder")
+                seen.add(value)
         found.append(key)
     return found
 
@@ -195,7 +194,7 @@ def quoted(text: str) -> str:
     """A text as a value that Hydra reads back."""
     if re.fullmatch(r"[A-Za-z_./-][\w./-]*", text, re.ASCII) and text.lower() not in ("null", "true", "false"):
         return text
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return QuotedString(text, Quote.double).with_quotes()
 
 
 def to_settings(config: PretrainConfig) -> dict[str, Any]:

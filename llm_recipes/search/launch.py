@@ -3,11 +3,13 @@
 import copy
 import os
 import shlex
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict, read_write
 
 from llm_recipes.config import PretrainConfig
@@ -18,6 +20,15 @@ from llm_recipes.telemetry.progress import show_table
 
 DONE_BEFORE = "done before"
 NOT_STARTED = "not started"
+
+
+class Begun(Callback):
+    """Hears from Hydra where the search is, also where its jobs run in other processes (conf/pretrain.yaml)."""
+
+    folder: ClassVar[Path | None] = None
+
+    def on_multirun_start(self, config: DictConfig, **more: Any) -> None:
+        type(self).folder = Path(config.hydra.sweep.dir)
 
 
 class Launch:
@@ -43,6 +54,7 @@ class Launch:
     ) -> None:
         self.verb, self.line, self.check, self.work, self.typed, self.emptied = verb, line, check, work, typed, emptied
         self.swept = jobs.swept_keys(line)
+        self._began = time.time()
         self.root: Path | None = None
         self.outcomes: dict[str, str] = {}
 
@@ -81,14 +93,24 @@ class Launch:
         self.outcomes[job.name] = f"{outcome}: {why}" if why else outcome
         return self.outcomes[job.name]
 
+    def _read(self) -> None:
+        """What became of jobs that ran as jobs of a cluster."""
+        for path in sorted((self.root or Path()).glob(f"*/{jobs.JOB}"), key=lambda each: each.stat().st_mtime):
+            found = jobs.read_json(path)
+            if path.stat().st_mtime >= self._began:
+                self.outcomes[path.parent.name] = ": ".join(filter(None, (found.get("status"), found.get("error"))))
+
     def end(self) -> None:
         """Show what became of all.
 
         Raises:
             UserError: some failed.
         """
-        if self.root is None or topology.launched_rank() not in (None, 0):
+        if topology.launched_rank() not in (None, 0):
             return
+        if not self.outcomes:
+            self.root = Begun.folder
+            self._read()
         show_table(str(self.root), [{"job": name, "": outcome} for name, outcome in self.outcomes.items()])
         print(f"side by side: python -m llm_recipes.report sweep={shlex.quote(str(self.root))}", flush=True)
         failed = [name for name, outcome in self.outcomes.items() if outcome.startswith(jobs.FAILED)]
@@ -104,8 +126,10 @@ def launcher(ranks: int | None = None) -> str:
     if ranks is not None:
         return f"torchrun --nproc_per_node {ranks}"
     me = topology.launch()
-    if me.launcher != "torchrun":
-        return "python" if me.launcher is None else f"{me.launcher} python"
+    if me.launcher is None:
+        return "python"
+    if me.launcher in ("srun", "mpirun"):
+        return f"{me.launcher} -n {me.ranks} python"
     here = int(os.environ.get("LOCAL_WORLD_SIZE", me.ranks))
     hosts = f"--nnodes {me.ranks // here} " if me.ranks > here else ""
     return f"torchrun {hosts}--nproc_per_node {here}"

@@ -144,7 +144,7 @@ class Torchrun:
                 stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=os.environ | own,
                 start_new_session=True,  # a terminal's Ctrl-C is for us: torchrun would end its workers at once
             )  # fmt: skip
-        self._rest = b""
+        self._rest, self._began = b"", time.time()
         self._said: list[str] = []
 
     def show(self) -> None:
@@ -162,10 +162,10 @@ class Torchrun:
         """Mark what became of it, and say it."""
         self.show()
         status = self.process.returncode
-        if status == 0:
-            why = _why_stopped(self.job)
-            outcome = jobs.STOPPED if why else jobs.DONE
-        else:
+        outcome, why = jobs.DONE, _why_stopped(self.job, self._began)
+        if why is not None:
+            outcome = jobs.STOPPED  # whatever its status: a torchrun that is asked to end has 1
+        elif status != 0:
             mistakes = [line.removeprefix("error: ") for line in self._said if line.startswith("error: ")]
             bugs = [line for line in self._said if "Error: " in line and "ChildFailedError" not in line]
             why = next(iter(mistakes or bugs[-1:]), f"exit status {status}, see {OUTPUT}")
@@ -174,11 +174,12 @@ class Torchrun:
         return self.launch.add(self.job, outcome, why)
 
 
-def _why_stopped(job: jobs.Job) -> str | None:
-    """Why a run that ended well has not come to its end."""
+def _why_stopped(job: jobs.Job, since: float) -> str | None:
+    """Why a run saved and left before its end; None where it did not."""
     path = job.folder / "metrics.jsonl"
-    events = [row for row in metrics.lines(path) if "event" in row] if path.is_file() else []
-    last = next((row for row in reversed(events) if row["event"] in ("stop", "finish")), None)
+    rows = metrics.lines(path) if path.is_file() else []
+    events = [row for row in rows if "event" in row and row["time"] >= since]
+    last = next((row for row in reversed(events) if row["event"] in ("start", "stop", "finish")), None)
     return str(last["reason"]) if last is not None and last["event"] == "stop" else None
 
 

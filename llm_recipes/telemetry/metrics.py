@@ -88,9 +88,11 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The rows that hold, in the order of their steps: training rows, validation rows and events apart."""
+    """The rows that hold, in the order of their steps: training rows, validation rows, evaluation rows of each suite
+    and events apart."""
     rows: dict[tuple[int, str, int], dict[str, Any]] = {}
     for number, row in enumerate(lines(path)):
-        kind = "event" if "event" in row else "validation" if "validation" in row else "step"
-        rows[(row["step"], kind, number if kind == "event" else 0)] = row
+        kind = next((each for each in ("event", "validation", "evaluation") if each in row), "step")
+        name = f"evaluation {','.join(row[kind])}" if kind == "evaluation" else kind
+        rows[(row["step"], name, number if kind == "event" else 0)] = row
     return [rows[key] for key in sorted(rows)]

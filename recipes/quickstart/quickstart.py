@@ -201,7 +201,7 @@ def main() -> None:
     steps = int(OmegaConf.merge(configured, OmegaConf.from_dotlist(handed_on)).train.steps)
     count = processes()
     torchrun = [str(Path(python()).with_name("torchrun")), "--nproc_per_node", str(count)]
-    experiment = [f"+exp={EXPERIMENT}", f"run.name={RUN}"]
+    experiment = [f"+exp={EXPERIMENT}", f"run.name={RUN}", "evaluation.suites=[]"]
     command = [*torchrun, "-m", "llm_recipes.pretrain", *experiment, *overrides(root), *handed_on]
     folder = root / RUN
     checkpoints = {step: folder / "checkpoints" / f"step-{step:08}" for step in (steps // 2, steps)}

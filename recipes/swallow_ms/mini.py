@@ -66,7 +66,8 @@ def train(name: str, root: Path, model: Path, vocabulary: str, plan: Mapping[str
         return last
     tokens = root / "tokens" / vocabulary
     keys = {
-        "run.name": name, "run.dir": root, "model.path": model, "train.steps": steps, "checkpoint.every": steps,
+        "run.name": name, "run.dir": root, "evaluation.suites": [],
+        "model.path": model, "train.steps": steps, "checkpoint.every": steps,
         **{f"data.sources.{each}.path": tokens / each for each in SHARES},
         **{f"data.sources.{each}.weight": plan[each] for each in SHARES},
         **{f"data.validation.{each}.path": tokens / f"held_out_{each}" for each in SHARES},
