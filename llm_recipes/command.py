@@ -28,19 +28,9 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandat
 from llm_recipes.checks import check
 from llm_recipes.config import SCHEMAS
 from llm_recipes.errors import EXIT_STATUS, UserError, as_user_error, did_you_mean, first_line
+from llm_recipes.folders import OWN_CONF, conf_folder
 
-PACKAGE = Path(__file__).parent
 SECONDS_FOR_RANK_0 = 20
-OWN_CONF = Path("conf")
-"""The user's own experiments, below where the verb is run."""
-
-
-def conf_folder() -> Path:
-    """`conf/`: inside the package in a wheel, beside it in a checkout."""
-    inside = PACKAGE / "conf"
-    return inside if inside.is_dir() else PACKAGE.parent / "conf"
-
-
 SYNONYMS = {
     "learning_rate": "lr", "batch_size": "global_batch_size", "max_steps": "steps", "num_steps": "steps",
     "max_length": "seq_len", "sequence_length": "seq_len", "max_grad_norm": "grad_clip_norm", "name_or_path": "path",
@@ -93,7 +83,7 @@ def read_overrides(verb: str, arguments: list[str]) -> tuple[list[str], list[str
     arguments = [switches.get(each, each) for each in arguments]
     for before, argument in pairwise(["", *arguments]):
         key, equals, value = argument.lstrip("+~").partition("=")
-        groups = [key] if "@" in key or key.startswith(("hydra.", "hydra/", "-")) else _groups(key)
+        groups = [key] if "@" in key or key.startswith(("hydra.", "hydra/", "-")) else _groups(verb, key)
         if not (equals or argument.startswith(("-", "~")) or before.startswith("-")):
             raise UserError(f"{argument}: expected KEY=VALUE")
         if argument.startswith("-") and argument.partition("=")[0] not in FLAGS:
@@ -133,9 +123,12 @@ def _as_entry(argument: str, free: int) -> str:
     return f"++{'.'.join(names[:free])}={nested}"
 
 
-def _groups(key: str) -> list[str]:
-    """A key that is a folder of configurations (`exp`), ours or the user's."""
-    return [key for root in (conf_folder(), OWN_CONF) if "." not in key and key and (root / key).is_dir()]
+def _groups(verb: str, key: str) -> list[str]:
+    """A key that is a folder of configurations (`exp`), ours or the user's. A plain value of the verb's is none,
+    whatever folders there are (`suite`)."""
+    if not key or "." in key or not dataclasses.is_dataclass(get_type_hints(SCHEMAS[verb]).get(key, SCHEMAS[verb])):
+        return []
+    return [key for root in (conf_folder(), OWN_CONF) if (root / key).is_dir()]
 
 
 def explain(error: BaseException, verb: str) -> str:
@@ -146,7 +139,7 @@ def explain(error: BaseException, verb: str) -> str:
     text = str(error)
     key = getattr(cause, "full_key", None)
     if key and "[" not in key and isinstance(cause, ConfigKeyError | ConfigAttributeError):
-        if _groups(key.partition(".")[0]):
+        if _groups(verb, key.partition(".")[0]):
             return f"{key}: an experiment's first line must be '# @package _global_'"
         kind = cause.object_type
         if "." not in key and dataclasses.is_dataclass(kind) and kind is not SCHEMAS[verb]:  # an entry of a list

@@ -1,4 +1,4 @@
-"""Folders that are made on the way, and go again where nothing came of it; the files in a model's folder."""
+"""Where `conf/` is; folders that are made on the way, and go again where nothing came of it; a model's folder."""
 
 import contextlib
 import json
@@ -6,6 +6,16 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from llm_recipes.errors import UserError
+
+OWN_CONF = Path("conf")
+"""The user's own experiments and suites, below where the verb is run."""
+
+
+def conf_folder() -> Path:
+    """`conf/`: inside the package in a wheel, beside it in a checkout."""
+    package = Path(__file__).parent
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
 
 
 def make_folder(folder: Path) -> list[Path]:

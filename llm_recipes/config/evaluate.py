@@ -13,7 +13,7 @@ class TaskConfig:
 
     kind: str = choice("lm_eval", "bits_per_byte", "prompts")
     task: str | None = None
-    """lm-eval's name of it, or that of one of ours (llm_recipes/evaluation/tasks). None: the entry's own name."""
+    """lm-eval's name of it, or that of one of ours (llm_recipes/evaluation/definitions). None: the entry's own name."""
     group: str = REQUIRED
     """`japanese`, `english`, `mathematics` ...: the mean over a group is a score, and only that."""
     shots: int | None = None
@@ -23,8 +23,9 @@ class TaskConfig:
     items: int | None = None
     """Only so many of them: a stratified subset, the same each time. None: all."""
     path: Any = None
-    """Local data, where the task's own would come from a hub; of `bits_per_byte` the text (JSONL, Parquet) or a token
-    file, of `prompts` the file of prompts."""
+    """Local data, where the task's own would come from a hub: a JSONL, JSON or Parquet file, a folder of such with the
+    names of splits (`train.jsonl`, `test.jsonl`), or a path for each split (`{train: ..., test: ...}`). Of
+    `bits_per_byte` the text (JSONL, Parquet) or a token file, of `prompts` the file of prompts."""
     text_key: str = "text"
     max_new_tokens: int | None = None
     """Of an answer. None: as the task has it."""
@@ -35,6 +36,12 @@ class SuiteConfig:
     """A file of `conf/suite/`: tasks whose figures stand side by side. Different suites are never averaged together."""
 
     description: str = ""
+    like: str | None = None
+    """Another suite, whose tasks this one has too, before its own."""
+    shots: int | None = None
+    """Of all its tasks, in place of their own."""
+    items: int | None = None
+    """Of each of its tasks, at most."""
     tasks: dict[str, TaskConfig] = field(default_factory=dict)
     seed: int = 1234
     """Of few-shot examples and subsets."""

@@ -25,8 +25,8 @@ from prepare import LICENCES, MODEL, ROOT, TEXTS, made_beside, prepare_model, pr
 from rich.console import Console
 from rich.table import Table
 
-from llm_recipes.command import conf_folder
 from llm_recipes.errors import EXIT_STATUS, UserError
+from llm_recipes.folders import conf_folder
 
 EXPERIMENT = "swallow_mini"
 RUN = "run"
