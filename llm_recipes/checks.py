@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from llm_recipes.config import ExportConfig, ExtendVocabConfig, PretrainConfig, ReportConfig
+from llm_recipes.config import EvaluateConfig, ExportConfig, ExtendVocabConfig, PretrainConfig, ReportConfig
 from llm_recipes.errors import UserError, did_you_mean
 
 LARGEST = 2**31 - 1
@@ -241,8 +241,25 @@ def check_report(config: ReportConfig) -> None:
         raise UserError("--samples: of which step? (step=N)")
 
 
+def check_evaluate(config: EvaluateConfig) -> None:
+    """Refuse what names no one thing to measure, and numbers that cannot be meant."""
+    if (config.model is None) == (config.watch is None):
+        raise UserError("give either model (a model folder, a checkpoint, a list of them) or watch (a run's folder)")
+    if isinstance(config.model, list) and not (config.model and all(isinstance(each, str) for each in config.model)):
+        raise UserError("model: a list of model folders, checkpoints or names on the hub, and not empty")
+    if not (config.model is None or isinstance(config.model, str | list)):
+        raise UserError(f"model={config.model}: expected a model folder, a checkpoint, or a list of them")
+    for key, least in (("batch_tokens", 1), ("shots", 0), ("items", 1)):
+        value = getattr(config, key)
+        if value is not None and value < least:
+            raise UserError(f"{key}={value}: must be at least {least}")
+    if config.output == "":
+        raise UserError("output: needed, and not given")
+
+
 CHECKS: dict[str, Any] = {
     "pretrain": check_pretrain,
+    "evaluate": check_evaluate,
     "export": check_export,
     "extend_vocab": check_extend_vocab,
     "report": check_report,

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llm_recipes.config.fields import REQUIRED, choice
-from llm_recipes.config.pretrain import ParallelConfig
 
 
 @dataclass
@@ -68,12 +67,12 @@ class EvaluateConfig:
     engine: str = choice("auto", "transformers", "vllm")
     """What generates answers. auto: vLLM where it is installed and there is a GPU."""
     dtype: str = choice("auto", "bfloat16", "float16", "float32")
-    """auto: as the weights are stored."""
+    """auto: as the weights are stored; of a run's checkpoint, as the run computed."""
     batch_tokens: int | None = None
     """Tokens in one forward pass. None: by what is there."""
     chat_template: bool = False
     """Ask through the tokenizer's chat template."""
-    parallel: ParallelConfig = field(default_factory=lambda: ParallelConfig(sharding="no_shard", precision="bf16"))
+    sharding: str = choice("no_shard", "full_shard")
     """Over several processes: `no_shard`, each has the model and takes its part of the items; `full_shard` where one
     device does not hold it."""
     overwrite: bool = False

@@ -212,12 +212,6 @@ def build(
         "asked for" if config.attention != "auto" else "installed here" if attention else "transformers' own choice",
         precision.name,
     )
-    if precision.storage != torch.float32:
-        log.warning(
-            "parallel.precision=%s: weights and Adam's moments are kept in it too; an update of less than a 256th of a "
-            "weight is rounded away (bf16-mixed keeps them in fp32)",
-            precision.name,
-        )
     way = Masking(
         "positions" if mask_documents else "none", accepted_arguments(model), precision.compute, sliding_window(model)
     )

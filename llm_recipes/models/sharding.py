@@ -36,6 +36,7 @@ PRECISIONS = {
     "bf16-mixed": Precision("bf16-mixed", torch.float32, torch.bfloat16),
     "fp16-mixed": Precision("fp16-mixed", torch.float32, torch.float16),
     "bf16": Precision("bf16", torch.bfloat16, torch.bfloat16),
+    "fp16": Precision("fp16", torch.float16, torch.float16),  # to evaluate in; nothing trains so
 }
 
 

@@ -22,10 +22,11 @@ class Meter:
         name: what is being done.
         total: bytes of input.
         console: where to show it.
+        rate: show megabytes a second.
     """
 
-    def __init__(self, name: str, total: int, console: Console) -> None:
-        self._name = name
+    def __init__(self, name: str, total: int, console: Console, rate: bool = True) -> None:
+        self._name, self._rate = name, rate
         self._total = max(1, total)
         self._console = console
         self._started = self._last = time.monotonic()
@@ -52,20 +53,24 @@ class Meter:
         if self._bar is not None:
             self._bar.stop()
 
-    def show(self, done: int, said: str, treated: int = 0) -> None:
+    def show(self, done: int, said: str, treated: int = 0, total: int | None = None) -> None:
         """Show how far the work is.
 
         Args:
             done: bytes of input that are done with.
             said: what came of them.
             treated: bytes by which the rate is measured, where they are not those of the input.
+            total: where it was not known before.
         """
+        self._total = max(1, total or self._total)
         now = time.monotonic()
         self.seconds = max(now - self._started, 1e-9)
-        said = f"{said}, {(treated or done) / 1e6 / self.seconds:,.1f} MB/s"
+        if self._rate:
+            said = f"{said}, {(treated or done) / 1e6 / self.seconds:,.1f} MB/s"
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, said=said)
+            self._bar.update(self._task, completed=done, total=self._total, said=said)
         elif now - self._last >= LINE_SECONDS:
             self._last = now
             left = self.seconds * (self._total - done) / max(1, done)
-            say(self._console, f"{self._name}: {100 * done / self._total:.0f}%, {said}, {left:.0f} s left")
+            parts = [f"{100 * done / self._total:.0f}%", *([said] if said else []), f"{left:.0f} s left"]
+            say(self._console, f"{self._name}: {', '.join(parts)}")

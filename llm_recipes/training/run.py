@@ -182,6 +182,12 @@ class _Run:
             config.model, config.parallel, place, str(self.base), config.data.mask_documents, config.train.seed,
             weights=found is None,
         )  # fmt: skip
+        if lm.precision.storage != torch.float32:
+            log.warning(
+                "parallel.precision=%s: weights and Adam's moments are kept in it too; an update of less than a 256th "
+                "of a weight is rounded away (bf16-mixed keeps them in fp32)",
+                lm.precision.name,
+            )
         if found is None and config.model.init == "pretrained" and is_checkpoint(str(self.base)):
             state.read_model(lm.model, self.base)
         trained = trainable.choose(lm, config.train.trainable, self.data.first_new_row)

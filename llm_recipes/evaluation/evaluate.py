@@ -1,0 +1,127 @@
+"""Models measured in suites: `python -m llm_recipes.evaluate`."""
+
+import contextlib
+import gc
+import importlib.util
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from llm_recipes.config import EvaluateConfig, ParallelConfig
+from llm_recipes.errors import UserError
+from llm_recipes.models import loading, topology
+from llm_recipes.models.topology import Topology
+from llm_recipes.telemetry import progress as terminal
+
+log = logging.getLogger(__name__)
+
+
+def need_lm_eval() -> None:
+    """
+    Raises:
+        UserError: lm-eval, or what it needs for a model of transformers, is not installed.
+    """
+    lacking = [name for name in ("lm_eval", "accelerate") if importlib.util.find_spec(name) is None]
+    if lacking:
+        raise UserError(f"evaluate: {lacking[0]} is not installed; pip install 'llm_recipes[eval]'")
+
+
+def evaluate(config: EvaluateConfig) -> None:
+    """Measure models in suites, write the results, and show them.
+
+    Raises:
+        UserError: a suite, a model or an output that will not do.
+    """
+    need_lm_eval()
+    # They import lm-eval, which is an extra.
+    from llm_recipes.evaluation import models, results, suites, vllm_engine
+
+    me = topology.launch()
+    terminal.start_logging(me.rank == 0)
+    loading.quiet_libraries()
+    wanted = suites.load_all(config.suite, config.shots, config.items, config.data)
+    vllm_engine.wanted(config)
+    place = topology.start(ParallelConfig(sharding=config.sharding))
+    try:
+        subjects = place.on_first(partial(models.find_all, config))
+        for subject in subjects:
+            place.on_first(partial(results.refuse_folder, subject.results, "output"))
+        measured = [evaluate_model(config, wanted, subject, place) for subject in subjects]
+        if place.is_first:
+            for number in range(len(wanted)):
+                results.show([each[number] for each in measured], [subject.name for subject in subjects])
+    except UserError as error:
+        if error.everywhere:
+            topology.stop()
+        raise
+    topology.stop()
+
+
+def evaluate_model(
+    config: EvaluateConfig,
+    wanted: Sequence[Any],
+    subject: Any,
+    place: Topology,
+    beat: Callable[[str], None] = lambda doing: None,
+) -> list[dict[str, Any]]:
+    """Measure one model in some suites, and write the results; on every rank. A suite already measured as it is, of
+    the same model, is left alone. The model's memory is free again afterwards.
+
+    Args:
+        wanted: suites, as `suites.load_all` gives them.
+        subject: the model, as `models.find` gives it: the same on every rank.
+        beat: told of every forward pass.
+
+    Returns:
+        The results, one per suite.
+
+    Raises:
+        UserError: the model does not open, there is not enough memory, or the results cannot be written.
+    """
+    from llm_recipes.evaluation import models, results, scoring, suites, tasks, vllm_engine
+
+    fingerprint = place.on_first(partial(results.fingerprint, subject.folder))
+    done: dict[str, dict[str, Any]] = {}
+    for suite in wanted if not config.overwrite else ():
+        digest = place.on_first(partial(suites.digest, suite))
+        there = place.on_first(partial(results.known, subject.results, suite.name, digest, fingerprint))
+        if there is not None:
+            lacking = f", without {', '.join(there['missing'])}" if there["missing"] else ""
+            log.info("%s: %s is measured already%s (%s); overwrite=true measures it again", subject.name, suite.name,
+                     lacking, results.path_of(subject.results, suite.name))  # fmt: skip
+            done[suite.name] = there
+    if len(done) == len(wanted):
+        return [done[suite.name] for suite in wanted]
+    lm, tokenizer = models.open_model(subject, config, place)
+    if config.chat_template and not tokenizer.chat_template:
+        raise UserError(f"chat_template=true: the tokenizer of {subject.name} has no chat template")
+    left = [suite for suite in wanted if suite.name not in done]
+    try:
+        with contextlib.ExitStack() as stack:
+            writer = None
+            if vllm_engine.wanted(config) and any(tasks.needs_generation(suite) for suite in left):
+                precision = models.precision_of(subject, config.dtype, config.trust_remote_code)
+                writer = stack.enter_context(vllm_engine.opened(subject, precision, config.trust_remote_code))
+            for suite in left:
+                log.info("%s: %s", subject.name, suite.name)
+                measured = scoring.measure(
+                    lm, tokenizer, suite, beat=beat, batch_tokens=config.batch_tokens, writer=writer,
+                    chat_template=config.chat_template, trust_remote_code=config.trust_remote_code,
+                )  # fmt: skip
+                result = measured | models.about(subject, fingerprint)
+                path = place.on_first(partial(results.write, subject.results, result))
+                log.info("%s: %s after %s", subject.name, path, terminal.duration(result["seconds"]))
+                done[suite.name] = result
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of memory with {subject.name}: give a smaller batch_tokens (or sharding=full_shard on several devices)",
+            everywhere=False,
+        ) from error
+    del lm
+    gc.collect()
+    if place.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return [done[suite.name] for suite in wanted]
