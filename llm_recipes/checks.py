@@ -253,6 +253,8 @@ def check_evaluate(config: EvaluateConfig) -> None:
         value = getattr(config, key)
         if value is not None and value < least:
             raise UserError(f"{key}={value}: must be at least {least}")
+    if config.watch is not None and config.output is not None:
+        raise UserError(f"output={config.output}: of a run that is watched the results lie in its own folder")
     if config.output == "":
         raise UserError("output: needed, and not given")
 

@@ -6,6 +6,11 @@ from llm_recipes.config import EvaluateConfig
 
 def main(config: EvaluateConfig) -> None:
     """Measure what the configuration names."""
+    if config.watch is not None:
+        from llm_recipes.training.evaluating import watch
+
+        watch(config)
+        return
     from llm_recipes.evaluation.evaluate import evaluate
 
     evaluate(config)

@@ -4,7 +4,7 @@ import contextlib
 import gc
 import importlib.util
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -29,15 +29,15 @@ def need_lm_eval() -> None:
         raise UserError(f"evaluate: {lacking[0]} is not installed; pip install 'llm_recipes[eval]'")
 
 
-def evaluate(config: EvaluateConfig) -> None:
-    """Measure models in suites, write the results, and show them.
+@contextlib.contextmanager
+def started(config: EvaluateConfig) -> Iterator[tuple[list[Any], Topology]]:
+    """The suites that a configuration names, and this process's place among the others, which are left afterwards.
 
     Raises:
-        UserError: a suite, a model or an output that will not do.
+        UserError: a suite that will not do, or something that is not installed.
     """
     need_lm_eval()
-    # They import lm-eval, which is an extra.
-    from llm_recipes.evaluation import models, results, suites, vllm_engine
+    from llm_recipes.evaluation import suites, vllm_engine  # they import lm-eval, which is an extra
 
     me = topology.launch()
     terminal.start_logging(me.rank == 0)
@@ -46,6 +46,23 @@ def evaluate(config: EvaluateConfig) -> None:
     vllm_engine.wanted(config)
     place = topology.start(ParallelConfig(sharding=config.sharding))
     try:
+        yield wanted, place
+    except UserError as error:
+        if error.everywhere:
+            topology.stop()
+        raise
+    topology.stop()
+
+
+def evaluate(config: EvaluateConfig) -> None:
+    """Measure models in suites, write the results, and show them.
+
+    Raises:
+        UserError: a suite, a model or an output that will not do.
+    """
+    with started(config) as (wanted, place):
+        from llm_recipes.evaluation import models, results
+
         subjects = place.on_first(partial(models.find_all, config))
         for subject in subjects:
             place.on_first(partial(results.refuse_folder, subject.results, "output"))
@@ -53,11 +70,6 @@ def evaluate(config: EvaluateConfig) -> None:
         if place.is_first:
             for number in range(len(wanted)):
                 results.show([each[number] for each in measured], [subject.name for subject in subjects])
-    except UserError as error:
-        if error.everywhere:
-            topology.stop()
-        raise
-    topology.stop()
 
 
 def evaluate_model(

@@ -76,6 +76,33 @@ def environment() -> dict[str, Any]:
     }
 
 
+def _saved(path: Path) -> Any:
+    """A run's `config.yaml`. Keys that the run did not know yet have their default values.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return OmegaConf.merge(OmegaConf.structured(PretrainConfig), OmegaConf.load(path))
+    except Exception as error:
+        reason = f"cannot be read ({type(error).__name__})"
+        raise UserError(f"{path}: {reason}; bring it back, or give another run.name") from error
+
+
+def saved_config(run: Path) -> PretrainConfig:
+    """The configuration of the run in a folder.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{run}: no run there (a folder with config.yaml)")
+    config = OmegaConf.to_object(_saved(path))
+    assert isinstance(config, PretrainConfig)
+    return config
+
+
 class RunFolder:
     """The folder of one run. Only rank 0 opens it for writing.
 
@@ -183,12 +210,7 @@ class RunFolder:
     def _refuse_another_run(self, saved: Path) -> None:
         if self.config.checkpoint.resume == "never":
             raise UserError(f"{self.path}: there is a run in it, and checkpoint.resume=never; give another run.name")
-        try:
-            # Keys that the run did not know yet have their default values.
-            known = OmegaConf.merge(OmegaConf.structured(PretrainConfig), OmegaConf.load(saved))
-            old: dict[str, Any] = OmegaConf.to_container(known)  # type: ignore[assignment]
-        except Exception as error:
-            raise UserError(f"{saved}: cannot be read ({type(error).__name__}); give another run.name") from error
+        old: dict[str, Any] = OmegaConf.to_container(_saved(saved))  # type: ignore[assignment]
         changed = changed_keys(old, self.settings)
         before, after = flat(old), flat(self.settings)
         shown = ", ".join(f"{key} ({before.get(key)} -> {after.get(key)})" for key in changed[:6])

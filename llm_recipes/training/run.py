@@ -25,8 +25,8 @@ from llm_recipes.models import causal, initial, loading, topology
 from llm_recipes.models.causal import CausalLM
 from llm_recipes.telemetry import progress as terminal
 from llm_recipes.telemetry.events import tell
+from llm_recipes.training import evaluating, proofs, rollback, schedule, trainable
 from llm_recipes.training import optimizer as optim
-from llm_recipes.training import proofs, rollback, schedule, trainable
 from llm_recipes.training.dry_run import dry_run
 from llm_recipes.training.folder import RunFolder
 from llm_recipes.training.guard import Guard
@@ -141,11 +141,12 @@ def _pretrain(config: PretrainConfig, me: topology.Launch) -> str | None:
         torch.use_deterministic_algorithms(True)
     base = tokenizers.resolve(config.model.path, "model.path", config.model.trust_remote_code)
     data = open_data(config, base, me.ranks)
+    suites = evaluating.open_suites(config.evaluation)
     if config.model.init == "pretrained":
         weight_files(base)
     place = topology.start(config.parallel)
     try:
-        why = _Run(config, data, Path(base), place).go()
+        why = _Run(config, data, suites, Path(base), place).go()
     except UserError as error:
         if error.everywhere:
             topology.stop()
@@ -158,8 +159,10 @@ def _pretrain(config: PretrainConfig, me: topology.Launch) -> str | None:
 class _Run:
     """The parts of a run, put together in `go`."""
 
-    def __init__(self, config: PretrainConfig, data: Data, base: Path, place: topology.Topology) -> None:
-        self.config, self.data, self.base, self.place = config, data, base, place
+    def __init__(
+        self, config: PretrainConfig, data: Data, suites: list[Any], base: Path, place: topology.Topology
+    ) -> None:
+        self.config, self.data, self.suites, self.base, self.place = config, data, suites, base, place
         self.folder = RunFolder(config)
         self.lock = Lock(self.folder.path)
         self.names = [source.name for source in data.sources]
@@ -225,7 +228,7 @@ class _Run:
         place.on_first(partial(self._begin_folder, starts, plan))
         return Trainer(
             config, place, self.folder, self.lock, training, mixture, self.data.validation, self.data.steps,
-            self.data.stop, batches, self.base, account,
+            self.data.stop, batches, self.base, self.suites, account,
         ).go(fresh=found is None)  # fmt: skip
 
     def _batches(self, samples: Samples, lm: CausalLM, start: int, stop: int) -> Generator[list[Batch], None, None]:

@@ -25,8 +25,9 @@ from llm_recipes.telemetry import progress as terminal
 from llm_recipes.telemetry.events import Events
 from llm_recipes.telemetry.metrics import Metrics
 from llm_recipes.telemetry.tracker import Tracker
-from llm_recipes.training import rollback
+from llm_recipes.training import evaluating, rollback
 from llm_recipes.training.clock import Clock
+from llm_recipes.training.evaluating import Evaluator
 from llm_recipes.training.folder import RunFolder
 from llm_recipes.training.lock import Lock
 from llm_recipes.training.loop import Progress, Step, Training, figures, train
@@ -43,6 +44,7 @@ class Trainer:
         horizon, stop: steps of the whole run, and where this launch ends.
         batches: this rank's batches from a step on.
         base: the folder whose tokenizer goes with each checkpoint.
+        suites: in which the model is measured on the way.
         account: the run's rollbacks so far.
     """
 
@@ -57,6 +59,7 @@ class Trainer:
     stop: int
     batches: Callable[[int, int], Generator[list[Batch], None, None]]
     base: Path
+    suites: list[Any]
     account: list[rollback.Rollback]
 
     def __post_init__(self) -> None:
@@ -65,8 +68,15 @@ class Trainer:
         self.metrics = Metrics(self.folder.metrics)
         self.events = Events(self.metrics, config.run.on_event, self.folder.path, speaks=first)
         self.saver = Saver(
-            self.folder.checkpoints, self.base, config.checkpoint, self.place, self.folder.id, self.lock.is_ours
+            self.folder.checkpoints,
+            self.base,
+            config.checkpoint,
+            self.place,
+            self.folder.id,
+            self.lock.is_ours,
+            self._is_evaluated,
         )
+        self.evaluator = Evaluator(config, self.suites, self.place, self.folder, self.base, self._write)
         self.clock = Clock(self.lm, config.data.seq_len, self.training.progress.step)
         self.safe = self.training.progress.step
         """The step that nobody can lose any more."""
@@ -81,7 +91,7 @@ class Trainer:
             UserError: the run cannot go on: no space, too much trouble.
         """
         training, config = self.training, self.config
-        if training.progress.step >= self.stop:
+        if training.progress.step >= self.stop and not self.evaluator.lacks(training.progress.step, self.horizon):
             log.info(
                 "nothing to do: step %d of %d is done (train.stop_at, train.steps)", training.progress.step, self.stop
             )
@@ -101,6 +111,9 @@ class Trainer:
                 self.events.write("start", training.progress.step, ranks=self.place.ranks, seconds=self._age())
                 if fresh:
                     self._validate()
+                    self.evaluator.of_base(self.lm, watch.beat)
+                elif self.evaluator.lacks(training.progress.step, self.horizon):
+                    self._evaluate()
                 why = None
                 while training.progress.step < self.stop and why is None:
                     why = self._steps()
@@ -130,7 +143,8 @@ class Trainer:
                     self.events.write("first_step", step.number, seconds=self._age())
                 asked, last = step.asked_to_stop.read() > 0, step.number == self.stop
                 logs = step.number % config.logging.every == 0 or last or asked
-                saves = step.number % config.checkpoint.every == 0 or last or asked
+                evaluates = self._is_evaluated(step.number)
+                saves = step.number % config.checkpoint.every == 0 or last or asked or evaluates
                 crosses = self._crosses_a_stage(step)
                 if logs or saves or crosses:
                     self._read_guard()
@@ -144,12 +158,13 @@ class Trainer:
                     training.guard.restart()
                 if saves:  # before anything else: a scheduler that wants its machines back does not wait for long
                     with self.clock.paused():
-                        self._save(last or asked)
+                        self._save(last or asked or (evaluates and bool(self.suites)))
                 every = config.validation.every
                 due = step.number == self.horizon or (every is not None and step.number % every == 0)
-                if due and (last or not asked):
+                if (due or evaluates) and (last or not asked):
                     with self.clock.paused():
                         self._validate()
+                        self._evaluate()
                 if asked:
                     return next(why for why in self.place.gather(self.watch.reason) if why is not None)
         return None
@@ -174,9 +189,9 @@ class Trainer:
         row["consumed_samples"] = step.positions[-1] + 1
         row["consumed_tokens"] = self.training.progress.consumed_tokens
         if self.place.is_first:
-            self.metrics.write(row)
-            self.tracker.write(row)
+            self._write(row)
             bar.row(row, self.clock.seconds_per_step)
+            self.evaluator.collect()
 
     def _read_guard(self) -> None:
         """Which updates were left out, with the samples of their batches; waits for the device."""
@@ -198,15 +213,26 @@ class Trainer:
         if not self.place.is_first:
             return
         done = self.training.progress
-        row = {"step": done.step, "consumed_tokens": done.consumed_tokens, "validation": scores}
-        self.metrics.write(row)
-        self.tracker.write(row)
+        self._write({"step": done.step, "consumed_tokens": done.consumed_tokens, "validation": scores})
         shown = [
             f"{name} {each['bits_per_byte']:.4f} bits/byte" if each["bits_per_byte"] is not None
             else f"{name} {each['nats_per_token']:.4f} nats/token (bytes not known)"
             for name, each in scores.items()
         ]  # fmt: skip
         log.info("validation at step %d: %s", done.step, ", ".join(shown))
+
+    def _is_evaluated(self, step: int) -> bool:
+        return evaluating.due(self.config.evaluation, step, self.horizon)
+
+    def _evaluate(self) -> None:
+        """Measure the checkpoint of this step, if it is one for that."""
+        done = self.training.progress
+        if self._is_evaluated(done.step):
+            self.evaluator.of_step(self.lm, done.step, done.consumed_tokens, self.watch.beat)
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self.metrics.write(row)
+        self.tracker.write(row)
 
     def _save(self, wait: bool) -> None:
         """Begin a save, or have it done with `wait`. It may fail: the next one tries again, until too much is at risk.
