@@ -21,6 +21,7 @@ import hydra
 import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
@@ -68,17 +69,19 @@ def find_key(verb: str, key: str) -> tuple[str | None, int]:
     return None, len(names) if get_origin(kind) is dict else free
 
 
-def read_overrides(verb: str, arguments: list[str]) -> tuple[list[str], list[str]]:
+def read_overrides(verb: str, arguments: list[str]) -> tuple[list[str], dict[str, str]]:
     """Check the keys of `KEY=VALUE` arguments, and let an entry of a dictionary be given like any other key.
 
     Returns:
-        Arguments for Hydra, and the keys of dictionaries that are to be emptied (`data.validation={}`).
+        Arguments for Hydra, and what is to be set after it has composed, because it has no words for it: a dictionary
+        that is emptied (`data.validation={}`), a key of a folder's name (`suite=mini`).
 
     Raises:
         UserError: an unknown key, with the nearest known one.
     """
     # In Hydra a new entry needs a `+`, and cannot be made key by key.
-    result, emptied = [], []
+    result: list[str] = []
+    afterwards: dict[str, str] = {}
     switches = {f"--{name}": f"{name}=true" for name, kind in get_type_hints(SCHEMAS[verb]).items() if kind is bool}
     arguments = [switches.get(each, each) for each in arguments]
     for before, argument in pairwise(["", *arguments]):
@@ -102,7 +105,11 @@ def read_overrides(verb: str, arguments: list[str]) -> tuple[list[str], list[str
         if problem is not None:
             raise UserError(problem)
         if free == key.count(".") + 1 and (argument.startswith("~") or value == "{}"):
-            emptied.append(key)
+            afterwards[key] = "{}"
+        elif _is_folder(key):
+            if sweeps:
+                raise UserError(f"{argument}: several at once are given as a list, {key}=[{value}]")
+            afterwards[key] = value
         elif not argument.startswith("~"):
             plain = argument.lstrip("+")
             result.append(plain if not free else f"++{plain}" if sweeps else _as_entry(plain, free))
@@ -110,7 +117,7 @@ def read_overrides(verb: str, arguments: list[str]) -> tuple[list[str], list[str
             result.append(argument)
         else:
             raise UserError(f"{argument}: cannot be left out; give it another value")
-    return result, emptied
+    return result, afterwards
 
 
 def _as_entry(argument: str, free: int) -> str:
@@ -128,7 +135,12 @@ def _groups(verb: str, key: str) -> list[str]:
     whatever folders there are (`suite`)."""
     if not key or "." in key or not dataclasses.is_dataclass(get_type_hints(SCHEMAS[verb]).get(key, SCHEMAS[verb])):
         return []
-    return [key for root in (conf_folder(), OWN_CONF) if (root / key).is_dir()]
+    return [key] if _is_folder(key) else []
+
+
+def _is_folder(key: str) -> bool:
+    """Whether Hydra takes a key for a folder of configurations."""
+    return "." not in key and any((root / key).is_dir() for root in (conf_folder(), OWN_CONF))
 
 
 def explain(error: BaseException, verb: str) -> str:
@@ -197,14 +209,19 @@ def add_override(word: str) -> None:
     sys.argv.insert(first, word)
 
 
-def typed(composed: DictConfig, emptied: list[str]) -> Any:
+def typed(composed: DictConfig, afterwards: dict[str, str]) -> Any:
     """What Hydra has composed, as the schema's dataclasses.
+
+    Args:
+        afterwards: as of `read_overrides`.
 
     Raises:
         UserError, OmegaConfBaseException: something is missing, or cannot be resolved.
     """
-    for key in emptied:
-        OmegaConf.update(composed, key, {}, merge=False)
+    for key, text in afterwards.items():
+        value: Any = OverridesParser.create().parse_override(f"{key}={text}").value()
+        plain = value.text if isinstance(value, QuotedString) else value
+        OmegaConf.update(composed, key, plain, merge=False)
     OmegaConf.resolve(composed)
     missing = sorted(OmegaConf.missing_keys(composed) | empty_keys(composed))
     if missing:
@@ -216,13 +233,14 @@ def run_verb(verb: str, function: Callable[[Any], Any]) -> None:
     """Compose `conf/<verb>.yaml` with the command line, check it, and call the verb with typed configuration."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors to us, in place of printing them itself.
     ConfigStore.instance().store(name=f"{verb}_schema", node=SCHEMAS[verb])
-    emptied: list[str] = []
+    OmegaConf.register_new_resolver("first", lambda items: items[0] if items else None, replace=True)
+    afterwards: dict[str, str] = {}
     line = sys.argv[1:]
     launch: Any = None
 
     def task(composed: DictConfig) -> None:
         try:
-            config = typed(composed, emptied)
+            config = typed(composed, afterwards)
             if launch is not None:
                 from llm_recipes.search import multirun
 
@@ -242,12 +260,14 @@ def run_verb(verb: str, function: Callable[[Any], Any]) -> None:
     try:
         if OWN_CONF.is_dir():
             add_override(f"hydra.searchpath=[file://{OWN_CONF}]")
-        sys.argv[1:], emptied[:] = read_overrides(verb, sys.argv[1:])
+        sys.argv[1:], afterwards = read_overrides(verb, sys.argv[1:])
         if "search" in get_type_hints(SCHEMAS[verb]) and {"-m", "--multirun"} & set(line):
             from llm_recipes.search import torchrun
             from llm_recipes.search.launch import Launch
 
-            launch = Launch(verb, line, partial(check, verb), function, partial(typed, emptied=emptied), emptied)
+            launch = Launch(
+                verb, line, partial(check, verb), function, partial(typed, afterwards=afterwards), afterwards
+            )
             torchrun.register(launch)
             add_override(f"search.swept=[{','.join(launch.swept)}]")
         main()

@@ -52,13 +52,13 @@ def test_an_unknown_key_names_the_nearest(argument: str, said: str) -> None:
     ],
 )
 def test_entries_of_a_dictionary_are_given_like_any_key(argument: str, handed: str) -> None:
-    assert read_overrides("pretrain", [argument]) == ([handed], [])
+    assert read_overrides("pretrain", [argument]) == ([handed], {})
 
 
 def test_a_dictionary_can_be_emptied() -> None:
     for argument in ("~data.validation", "data.validation={}"):
-        assert read_overrides("pretrain", [argument]) == ([], ["data.validation"])
-    assert read_overrides("pretrain", ["~data.sources.en"]) == (["~data.sources.en"], [])
+        assert read_overrides("pretrain", [argument]) == ([], {"data.validation": "{}"})
+    assert read_overrides("pretrain", ["~data.sources.en"]) == (["~data.sources.en"], {})
 
 
 @pytest.mark.parametrize("name", list(SCHEMAS))

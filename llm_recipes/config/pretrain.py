@@ -175,12 +175,12 @@ class ValidationConfig:
 
 @dataclass
 class EvaluationConfig:
-    """Suites (`conf/suite/`) that a run measures itself with. Their steps' checkpoints are kept."""
+    """Suites (`conf/suite/`) that a run is measured in, at these steps and at its end. The steps' checkpoints stay."""
 
     suites: list[str] = field(default_factory=list)
     at_steps: list[int] = field(default_factory=list)
     every: int | None = None
-    """Steps. The horizon is one of them."""
+    """Steps."""
     base: bool = True
     """Also the untouched model: once for all runs of a folder that begin with it."""
     where: str = choice("here", "elsewhere")

@@ -40,7 +40,7 @@ class Launch:
         check: refuses a configuration that cannot run.
         work: runs one; returns why it was asked to stop, if it was.
         typed: makes a configuration of what Hydra composed.
-        emptied: keys of dictionaries that the command line empties, which Hydra cannot say.
+        afterwards: keys that the command line gives, and that Hydra does not hear of, with their values' texts.
     """
 
     def __init__(
@@ -50,9 +50,10 @@ class Launch:
         check: Callable[[Any], None],
         work: Callable[[Any], str | None],
         typed: Callable[[DictConfig], Any],
-        emptied: list[str],
+        afterwards: dict[str, str],
     ) -> None:
-        self.verb, self.line, self.check, self.work, self.typed, self.emptied = verb, line, check, work, typed, emptied
+        self.verb, self.line, self.check, self.work, self.typed = verb, line, check, work, typed
+        self.afterwards = afterwards
         self.swept = jobs.swept_keys(line)
         self._began = time.time()
         self.root: Path | None = None
@@ -79,7 +80,7 @@ class Launch:
         config = config or self.typed(_without_hydra(composed))
         overrides = [each for each in hydra.overrides.task if not each.startswith("search.swept=")]
         given = dict(each.lstrip("+~").partition("=")[::2] for each in overrides)
-        arguments = overrides + [f"{key}={{}}" for key in self.emptied]
+        arguments = overrides + [f"{key}={text}" for key, text in self.afterwards.items()]
         params = hydra.sweeper.get("params") or {}
         job = jobs.place(config, given, arguments, [*self.swept, *(str(key) for key in params)])
         if job.name in self.outcomes:

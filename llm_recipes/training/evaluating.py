@@ -37,9 +37,9 @@ Beat = Callable[[str], None]
 
 def due(config: EvaluationConfig, step: int, horizon: int) -> bool:
     """Whether the checkpoint of a step is to be measured, and kept for it."""
-    if step in config.at_steps:
+    if step in config.at_steps or (step == horizon and config.suites):
         return True
-    return config.every is not None and step > 0 and (step % config.every == 0 or step == horizon)
+    return config.every is not None and step > 0 and step % config.every == 0
 
 
 def open_suites(config: EvaluationConfig) -> list[Any]:
@@ -244,7 +244,7 @@ def _there(run: Path, settings: PretrainConfig) -> tuple[list[Path], bool]:
     ended = _has_ended(run)  # before the look: what came in between is found by it
     found = list(reversed(manifest.checkpoints(run / "checkpoints")))
     evaluation = settings.evaluation
-    if evaluation.at_steps or evaluation.every:
+    if evaluation.at_steps or evaluation.every or evaluation.suites:
         horizon = settings.train.steps or -1
         found = [path for path in found if due(evaluation, manifest.step_of(path), horizon)]
     return found, ended
