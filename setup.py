@@ -12,5 +12,12 @@ setup(
         "hydra_plugins.llm_recipes_launcher",
     ],
     package_dir={"llm_recipes.conf": "conf"},
-    package_data={"llm_recipes.conf": ["**/*.yaml"]},
+<<<<<<< ours
+    package_data={
+        "llm_recipes.conf": ["**/*.yaml"],
+        "llm_recipes.evaluation.definitions": ["*/*.yaml", "*/*.jsonl"],
+    },
+=======
+    package_data={"llm_recipes.conf": ["**/*.yaml"], "llm_recipes.reporting": ["page.css", "page.js"]},
+>>>>>>> theirs
 )

@@ -6,7 +6,11 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+<<<<<<< ours
 from llm_recipes.config import EvaluateConfig, ExportConfig, ExtendVocabConfig, PretrainConfig, ReportConfig
+=======
+from llm_recipes.config import ExportConfig, ExtendVocabConfig, PlanConfig, PretrainConfig, ReportConfig
+>>>>>>> theirs
 from llm_recipes.errors import UserError, did_you_mean
 
 LARGEST = 2**31 - 1
@@ -233,14 +237,28 @@ def check_report(config: ReportConfig) -> None:
     given = [name for name in ("run", "sweep", "runs") if getattr(config, name) is not None]
     if len(given) != 1:
         raise UserError("give run (a run's folder), sweep (a search's) or runs (a folder with runs below it)")
-    if config.step is not None and config.step < 0:
-        raise UserError(f"step={config.step}: must not be negative")
+    step, [what] = config.step, given
+    if step is not None and step < 0:
+        raise UserError(f"step={step}: must not be negative")
+    if what != "run":
+        for key in [each for each in ("step", "samples") if getattr(config, each) not in (None, False)]:
+            raise UserError(f"{key}: of one run (run=FOLDER), not of {what}={getattr(config, what)}")
+    if config.best is not None and what == "run":
+        raise UserError(f"best={config.best}: of a search (sweep=FOLDER) or of any runs (runs=FOLDER), not of one run")
+    if config.keep and what != "sweep":
+        raise UserError(f"keep: of a search (sweep=FOLDER), not of {what}={getattr(config, what)}")
+    for name, share in config.keep.items():
+        if share < 0:
+            raise UserError(f"keep.{name}={share}: a share of the base's score, 0 or more (0.05 is 5%)")
+    if config.output is not None and step is not None:
+        raise UserError(f"output={config.output}: a step is only printed; leave it out")
     if config.limit < 1:
         raise UserError(f"limit={config.limit}: must be more than 0")
     if config.samples and config.step is None:
         raise UserError("--samples: of which step? (step=N)")
 
 
+<<<<<<< ours
 def check_evaluate(config: EvaluateConfig) -> None:
     """Refuse what names no one thing to measure, and numbers that cannot be meant."""
     if (config.model is None) == (config.watch is None):
@@ -257,6 +275,26 @@ def check_evaluate(config: EvaluateConfig) -> None:
         raise UserError(f"output={config.output}: of a run that is watched the results lie in its own folder")
     if config.output == "":
         raise UserError("output: needed, and not given")
+=======
+def check_plan(config: PlanConfig) -> None:
+    """Refuse a run that could not run, and numbers of devices, days and speed that cannot be meant."""
+    check_pretrain(config)
+    for key, kind in (("devices", int), ("device", str)):
+        value = getattr(config, key)
+        each = value if isinstance(value, list) else [value]
+        if not each or any(type(one) is not kind or (kind is int and one < 1) for one in each):
+            wanted = "a number of 1 or more" if kind is int else "a name, such as h100"
+            raise UserError(f"{key}={value}: {wanted}, or a list of them")
+    if not 0 < config.mfu <= 1:
+        raise UserError(f"mfu={config.mfu}: a share of the peak, above 0, up to 1")
+    names = ("days", "tokens_per_second_per_device", "storage_gb_per_second", "device_memory_gb", "device_tflops")
+    for key in (*names, "devices_per_host"):
+        value = getattr(config, key)
+        if value is not None and not value > 0:
+            raise UserError(f"{key}={value}: must be more than 0")
+    if config.train.steps is None and config.days is None:
+        raise UserError("train.epochs: a plan opens no token files; give train.steps, or days")
+>>>>>>> theirs
 
 
 CHECKS: dict[str, Any] = {
@@ -265,6 +303,7 @@ CHECKS: dict[str, Any] = {
     "export": check_export,
     "extend_vocab": check_extend_vocab,
     "report": check_report,
+    "plan": check_plan,
 }
 
 

@@ -1,12 +1,13 @@
-"""What a run did: `python -m llm_recipes.report run=outputs/swallow_ms`."""
+"""What runs did: `python -m llm_recipes.report run=outputs/swallow_ms`, `sweep=` a search's folder, `runs=` any."""
 
 from llm_recipes.command import run_verb
 from llm_recipes.config import ReportConfig
 
 
 def main(config: ReportConfig) -> None:
-    """Print a run's course and its events; or a step, and with `--samples` the text that it was trained on."""
-    from llm_recipes.training.report import report
+    """Print a run's course, a search's answer, or any runs, and write the page of it; or show a step, and with
+    `--samples` the text that it was trained on."""
+    from llm_recipes.reporting.report import report
 
     report(config)
 

@@ -93,7 +93,7 @@ def mgsm(rows: Iterable[Row]) -> Any:
     )
 
 
-class Summary(ConfigurableTask):  # type: ignore[misc]
+class Summary(ConfigurableTask):
     """A task whose questions hold whole articles, which are shortened where the model cannot take so much."""
 
     def __init__(self, config: dict[str, Any]) -> None:

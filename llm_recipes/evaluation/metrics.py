@@ -1,7 +1,7 @@
 """How answers are scored where lm-eval has no such metric: what the definitions of ours name as `process_results`.
 
-Each such function takes a row and the model's answer to it, and gives the row's figures, all between 0 and 1. `parsed` is
-1 where there was an answer that could be judged.
+Each such function takes a row and the model's answer to it, and gives the row's figures, all between 0 and 1.
+`parsed` is 1 where there was an answer that could be judged.
 """
 
 import functools
@@ -10,6 +10,7 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from llm_recipes.evaluation.rows import Row
@@ -51,7 +52,8 @@ def character_f1(answer: str, reference: str) -> float:
         return 1.0
     if not first or not second:
         return 0.0
-    return round(100 * 2 * _common(first, second) / (len(first) + len(second))) / 100
+    letters = len(first) + len(second)
+    return round(100 * (1 - (letters - 2 * _common(first, second)) / letters)) / 100  # as its floats round
 
 
 def _sorted_words(text: str) -> str:
@@ -79,7 +81,7 @@ def summary(doc: Row, results: Sequence[str]) -> dict[str, float]:
 
 def rouge2(answer: str, reference: str) -> float:
     """ROUGE-2, F1: word pairs in common, each as often as both have it, over the mean number of pairs (Lin 2004)."""
-    first, second = (Counter(zip(words, words[1:], strict=False)) for words in map(mecab_words, (answer, reference)))
+    first, second = (Counter(pairwise(words)) for words in map(mecab_words, (answer, reference)))
     pairs = first.total() + second.total()
     return 2 * (first & second).total() / pairs if pairs else 0.0
 
@@ -100,7 +102,9 @@ def mecab_words(text: str) -> list[str]:
 HYPHENS = "˗֊‐‑‒–⁃⁻₋−"
 LONG_MARKS = "﹣－ｰ—―─━ー"
 TILDES = "~∼∾〜〰～"
-CJK = "一-龯々〇぀-ゟ゠-ヿ＀-￯"
+QUOTES = str.maketrans("‘’“”", "''\"\"")
+CJK = r"\u3000-\u30ff\u4e00-\u9fff\uff00-\uffef"
+HALF_WIDTH_KANA = r"\uff61-\uff9f"
 CJK_SPACE = re.compile(rf"(?<=[{CJK}]) +(?=[!-~{CJK}])|(?<=[!-~]) +(?=[{CJK}])")
 
 
@@ -114,14 +118,15 @@ def normalize(text: str) -> str:
     text = "".join(letter for letter in text if not _is_emoji(letter))
     text = re.sub(f"[{HYPHENS}]+", "-", text)
     text = re.sub(f"[{LONG_MARKS}]+", "ー", text)
-    text = re.sub(f"[{TILDES}]", "", text)
-    text = "".join(_one_width(letter) for letter in re.split("([。-゚]+)", text))
-    return CJK_SPACE.sub("", " ".join(text.split()))
+    text = re.sub(f"[{TILDES}]", "", text).translate(QUOTES)
+    text = "".join(_one_width(letter) for letter in re.split(f"([{HALF_WIDTH_KANA}]+)", text))
+    lines = (CJK_SPACE.sub("", " ".join(line.split())) for line in text.splitlines())
+    return " ".join(line for line in lines if line)
 
 
 def _one_width(part: str) -> str:
     """Half-width kana (a part of its own, so that voicing marks combine) full-width, full-width ASCII half-width."""
-    if "。" <= part[:1] <= "゚":
+    if re.match(f"[{HALF_WIDTH_KANA}]", part):
         return unicodedata.normalize("NFKC", part)
     return "".join(chr(ord(each) - 0xFEE0) if "！" <= each <= "｝" else " " if each == "　" else each for each in part)
 

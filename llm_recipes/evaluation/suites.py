@@ -78,9 +78,7 @@ def with_options(
     Raises:
         UserError: a task that is not in the suite, with the nearest name; a number that cannot be meant.
     """
-    for key, value, least in (("shots", shots, 0), ("items", items, 1)):
-        if value is not None and value < least:
-            raise UserError(f"{key}={value}: must be at least {least}")
+    _check_numbers("", shots, items)
     tasks = {name: _limited(task, shots, items) for name, task in suite.config.tasks.items()}
     for name, path in (data or {}).items():
         if not _takes(suite, name):
@@ -113,6 +111,12 @@ def digest(suite: Suite) -> str:
 def known() -> list[str]:
     """Names of all suites, ours and the user's."""
     return sorted({path.stem for root in (OWN_CONF, conf_folder()) for path in (root / "suite").glob("*.yaml")})
+
+
+def _check_numbers(where: str, shots: int | None, items: int | None) -> None:
+    for key, value, least in (("shots", shots, 0), ("items", items, 1)):
+        if value is not None and value < least:
+            raise UserError(f"{where}{key}={value}: must be at least {least}")
 
 
 def _takes(suite: Suite, name: str) -> bool:
@@ -167,10 +171,9 @@ def _read(file: Path) -> SuiteConfig:
     try:
         config = cast(SuiteConfig, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SuiteConfig), raw)))
         check_values(config)
+        _check_numbers("", config.shots, config.items)
         for name, task in config.tasks.items():
-            for key, value, least in (("shots", task.shots, 0), ("items", task.items, 1)):
-                if value is not None and value < least:
-                    raise UserError(f"tasks.{name}.{key}={value}: must be at least {least}")
+            _check_numbers(f"tasks.{name}.", task.shots, task.items)
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
     except OmegaConfBaseException as error:

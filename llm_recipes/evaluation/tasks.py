@@ -4,9 +4,10 @@ import contextlib
 import functools
 import importlib.util
 import logging
-import random
 import re
-from collections import defaultdict
+import socket
+import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,14 @@ from llm_recipes.config import TaskConfig
 from llm_recipes.errors import UserError, did_you_mean, first_line
 from llm_recipes.evaluation import definitions
 from llm_recipes.evaluation.rows import Row, read_rows, split_files
+from llm_recipes.evaluation.subsets import subset
 from llm_recipes.evaluation.suites import DATA_KEY, Suite
 
 INVALID = "[invalid]"
 """What lm-eval's filters give for an answer that they cannot find."""
 PARSED = "parsed"
-QUANTILES = 4
+NAMED = re.compile(r"^['\"]?(?:task|group)['\"]?: *['\"]?([^\s'\"\[]+)['\"]? *(?:#.*)?$", re.MULTILINE)
+"""A definition's name, as it stands in its file."""
 
 
 @dataclass
@@ -113,59 +116,6 @@ def needs_generation(suite: Suite) -> list[str]:
     return found
 
 
-def subset(task: Any, items: int | None, seed: int) -> list[int] | None:
-    """Numbers of so many items, ascending, the same each time; None for all.
-
-    Stratified: items are sorted into strata by their answer's class (multiple choice) or by the quartile of their
-    answer's length, and by the quartile of their question's length. Each stratum gives its share, largest remainders
-    first; who is taken within it is drawn with the seed.
-    """
-    docs = list(task.eval_docs)
-    if items is None or items >= len(docs):
-        return None
-    questions = [len(str(_question(task, doc))) for doc in docs]
-    answers = [_answer(task, doc) for doc in docs]
-    strata = defaultdict(list)
-    for number, key in enumerate(zip(_classes(answers), _quartiles(questions), strict=True)):
-        strata[key].append(number)
-    generator = random.Random(f"{seed}-{task.task_name}")
-    keys = sorted(strata)
-    shares = {key: len(strata[key]) * items / len(docs) for key in keys}
-    counts = {key: int(shares[key]) for key in keys}
-    for key in sorted(keys, key=lambda each: (counts[each] - shares[each], each))[: items - sum(counts.values())]:
-        counts[key] += 1
-    return sorted(number for key in keys for number in generator.sample(strata[key], counts[key]))
-
-
-def _question(task: Any, doc: Row) -> Any:
-    text = task.doc_to_text(doc)
-    return task.doc_to_choice(doc) if isinstance(text, int) else text
-
-
-def _answer(task: Any, doc: Row) -> int | str:
-    """The number of the right choice, or the answer's text."""
-    if getattr(task, "multiple_input", 0):
-        return int(task.doc_to_text(doc))
-    target = task.doc_to_target(doc)
-    if isinstance(target, list):
-        target = target[0] if target else ""
-    return target if isinstance(target, int) else str(target)
-
-
-def _classes(answers: Sequence[int | str]) -> list[int]:
-    """A class of each answer: which choice is right, or the quartile of its length."""
-    if all(isinstance(answer, int) for answer in answers):
-        return [int(answer) for answer in answers]
-    return _quartiles([len(str(answer)) for answer in answers])
-
-
-def _quartiles(sizes: Sequence[int]) -> list[int]:
-    """The quartile that each size lies in, by its rank; equal sizes lie in the same."""
-    ordered = sorted(sizes)
-    first = {size: rank for rank, size in reversed(list(enumerate(ordered)))}
-    return [first[size] * QUANTILES // len(sizes) for size in sizes]
-
-
 def _settings(suite: Suite, name: str, entry: TaskConfig) -> dict[str, Any]:
     """A task's definition, ours or lm-eval's.
 
@@ -175,9 +125,9 @@ def _settings(suite: Suite, name: str, entry: TaskConfig) -> dict[str, Any]:
     from lm_eval.tasks._yaml_loader import load_yaml
 
     wanted = entry.task or name
-    path = definitions.path_of(wanted) or _own_path(wanted)
+    path = definitions.path_of(wanted) or _of_lm_eval().get(wanted)
     if path is None:
-        known = set(_all_names()) | {each.stem for each in definitions.FOLDER.rglob("*.yaml")} - {"common"}
+        known = {*_of_lm_eval(), *(each.stem for each in definitions.FOLDER.rglob("*.yaml"))} - {"common"}
         raise UserError(f"suite {suite.name}: tasks.{name}: no task '{wanted}', {_nearest(wanted, known)}")
     settings: dict[str, Any] = load_yaml(path)
     if "group" in settings and isinstance(settings.get("task"), list):
@@ -194,26 +144,15 @@ def _nearest(word: str, names: set[str]) -> str:
 
 
 @functools.cache
-def _own_path(name: str) -> Path | None:
-    """The file of a task or group of lm-eval's. Its index of everything takes ten seconds, so files are first looked
-    through for the name."""
+def _of_lm_eval() -> dict[str, Path]:
+    """The file of each task and group of lm-eval's. Its own index, which parses them all, takes ten seconds."""
     import lm_eval.tasks
-    from lm_eval.tasks._index import TaskIndex
 
-    wanted = re.compile(rb"^(?:task|group):\s*['\"]?" + re.escape(name.encode()) + rb"['\"]?\s*(?:#.*)?$", re.MULTILINE)
+    found: dict[str, Path] = {}
     for path in sorted(Path(lm_eval.tasks.__file__).parent.rglob("*.yaml"), key=lambda each: each.as_posix()):
-        if wanted.search(path.read_bytes()):
-            entry = TaskIndex.entry_from_path(path)
-            if entry is not None and entry.name == name:
-                return path
-    return None
-
-
-@functools.cache
-def _all_names() -> tuple[str, ...]:
-    from lm_eval.tasks import TaskManager
-
-    return tuple(TaskManager().all_subtasks)
+        for name in NAMED.findall(path.read_text(encoding="utf-8", errors="replace")):
+            found.setdefault(name, path)
+    return found
 
 
 def _build(suite: Suite, name: str, entry: TaskConfig, settings: dict[str, Any], missing: dict[str, str]) -> Any:
@@ -223,7 +162,7 @@ def _build(suite: Suite, name: str, entry: TaskConfig, settings: dict[str, Any],
 
     key = DATA_KEY.format(name)
     metadata = settings.get("metadata") or {}
-    described = metadata.get("rows") or f"rows as of '{settings.get('dataset_path')}' on the hub"
+    described = metadata.get("rows") or _columns_of(settings)
     settings["task"] = name
     settings["metadata"] = metadata
     if entry.shots is not None:
@@ -241,7 +180,8 @@ def _build(suite: Suite, name: str, entry: TaskConfig, settings: dict[str, Any],
         return None
     built: Callable[..., Any] = settings.pop("class", ConfigurableTask)
     try:
-        task = built(config=settings)
+        with _hub_or_cache() if entry.path is None and "custom_dataset" not in settings else contextlib.nullcontext():
+            task = built(config=settings)
         if settings.get("num_fewshot"):
             _check_shots(task, settings["num_fewshot"], f"suite {suite.name}: tasks.{name}")
         return task
@@ -254,6 +194,21 @@ def _build(suite: Suite, name: str, entry: TaskConfig, settings: dict[str, Any],
             raise
         missing[name] = f"no data ({first_line(error)[:120]}): {key}=PATH, {described}"
         return None
+
+
+def _columns_of(settings: Mapping[str, Any]) -> str:
+    """What rows a definition of lm-eval's needs, as far as it can be told."""
+    import jinja2.meta
+
+    said = f"rows as of '{settings.get('dataset_path')}' on the hub"
+    templates = [settings.get(key) for key in ("doc_to_text", "doc_to_target", "doc_to_choice")]
+    if settings.get("process_docs") or any(callable(each) for each in templates):
+        return said
+    names: set[str] = set()
+    for template in (each for each in templates if isinstance(each, str)):
+        found = jinja2.meta.find_undeclared_variables(jinja2.Environment().parse(template))
+        names |= found or ({template} if template.isidentifier() else set())
+    return f"{said} ({', '.join(sorted(names))})" if names else said
 
 
 def _check_shots(task: Any, shots: int, where: str) -> None:
@@ -359,7 +314,7 @@ def _need_lm_eval() -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without what lm-eval and datasets log while a task is built."""
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "huggingface_hub")]
     levels = [each.level for each in loggers]
     for each in loggers:
         each.setLevel(logging.ERROR)
@@ -368,3 +323,32 @@ def _quiet() -> Iterator[None]:
     finally:
         for each, level in zip(loggers, levels, strict=True):
             each.setLevel(level)
+
+
+@functools.cache
+def _hub_is_there() -> bool:
+    """Whether the hub's name can be looked up at all; behind a proxy it need not be."""
+    import huggingface_hub.constants
+
+    host = urllib.parse.urlsplit(huggingface_hub.constants.ENDPOINT).hostname
+    try:
+        return bool(urllib.request.getproxies()) or bool(socket.getaddrinfo(host, None))
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def _hub_or_cache() -> Iterator[None]:
+    """On a node without network: what the hub's cache has, at once; else each task waits half a minute for retries."""
+    import datasets.config
+    import huggingface_hub.constants
+
+    places = (datasets.config, huggingface_hub.constants)
+    before = [each.HF_HUB_OFFLINE for each in places]
+    for each, offline in zip(places, before, strict=True):
+        each.HF_HUB_OFFLINE = offline or not _hub_is_there()
+    try:
+        yield
+    finally:
+        for each, offline in zip(places, before, strict=True):
+            each.HF_HUB_OFFLINE = offline

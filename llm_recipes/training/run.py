@@ -95,12 +95,7 @@ def open_data(config: PretrainConfig, folder: str, ranks: int) -> Data:
     if steps < 1:
         raise UserError(f"train.epochs={config.train.epochs}: less than one step of the {windows} samples there are")
     checks.check_horizon(config, steps, f"train.epochs={config.train.epochs}" if config.train.epochs else "train.steps")
-    for each in spans.sizes():
-        if each % (ranks * config.train.micro_batch_size):
-            raise UserError(
-                f"a global batch of {each} sequences does not divide into {ranks} processes x "
-                f"train.micro_batch_size={config.train.micro_batch_size}"
-            )
+    schedule.refuse_remainder(spans, ranks, config.train.micro_batch_size)
     return Data(
         sources=sources,
         validation=open_validation(config.data.validation, config.data, facts),

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from llm_recipes.config import BatchWarmupConfig, OptimConfig, ScheduleConfig
+from llm_recipes.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -139,3 +140,17 @@ class Steps:
 
     def __iter__(self) -> Iterator[Sequence[int]]:
         return (self.spans.positions(step) for step in range(self.start, self.stop))
+
+
+def refuse_remainder(spans: BatchSpans, ranks: int, micro_batch_size: int) -> None:
+    """Every step's batch is whole micro-batches on every rank.
+
+    Raises:
+        UserError: one is not.
+    """
+    for each in spans.sizes():
+        if each % (ranks * micro_batch_size):
+            raise UserError(
+                f"a global batch of {each} sequences does not divide into {ranks} processes x "
+                f"train.micro_batch_size={micro_batch_size}"
+            )

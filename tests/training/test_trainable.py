@@ -253,7 +253,7 @@ def test_old_rows_are_bitwise_the_same_after_100_steps_at_weight_decay(
 def test_stopping_and_going_on_is_the_uninterrupted_run_bit_for_bit(
     ranks: Any, extended: Any, workplace: Workplace
 ) -> None:
-    from llm_recipes.training.report import report
+    from llm_recipes.reporting.report import report
 
     straight, stopped, model = workplace("straight"), workplace("stopped"), extended["tied"]
     assert ranks(2, run, config_of(straight, model, dry_run=True))[0][0] is None

@@ -8,8 +8,10 @@ import pytest
 import tiny
 
 from llm_recipes.config import ReportConfig
+from llm_recipes.reporting.course import goodput
+from llm_recipes.reporting.report import report
+from llm_recipes.reporting.samples import positions_of
 from llm_recipes.telemetry import metrics
-from llm_recipes.training.report import _positions, goodput, report
 
 Workplace = Callable[[str], Path]
 
@@ -32,9 +34,9 @@ def test_a_step_s_samples_are_those_that_it_took(tmp_path: Path) -> None:
     config = tiny.pretrain_config(tmp_path, tmp_path)
     logged, left_out = {"step": 9, "consumed_samples": 24}, {"step": 9, "event": "left_out", "samples": [30, 34]}
     asked = ReportConfig("run", step=9)
-    assert _positions(config, [logged], asked, []) == [20, 21, 22, 23]
-    assert _positions(config, [logged], asked, [(18, 20), (21, 23), (40, 50)]) == [16, 17, 20, 23]
-    assert _positions(config, [logged, left_out], asked, []) == [30, 31, 32, 33]
+    assert positions_of(config, [logged], asked, []) == [20, 21, 22, 23]
+    assert positions_of(config, [logged], asked, [(18, 20), (21, 23), (40, 50)]) == [16, 17, 20, 23]
+    assert positions_of(config, [logged, left_out], asked, []) == [30, 31, 32, 33]
 
 
 def run(config: Any) -> None:

@@ -1,0 +1,50 @@
+"""What a run keeps on disk."""
+
+from dataclasses import dataclass
+
+from llm_recipes.checkpoints.shards import NAMED_DTYPES
+from llm_recipes.config import PlanConfig
+from llm_recipes.models.sharding import PRECISIONS
+from llm_recipes.planning.sizes import Sizes
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes; headers, tokenizer and manifest, some megabytes, left out.
+
+    Attributes:
+        model, optimizer: of one checkpoint.
+        kept_for_good: how many checkpoints keep their weights (`checkpoint.keep_every`).
+        kept_weights: of one of these.
+        most: what the run has on disk at most, while its last checkpoint is written.
+        seconds: to write a checkpoint.
+    """
+
+    model: int
+    optimizer: int
+    kept_for_good: int
+    kept_weights: int
+    most: int
+    seconds: float
+
+    @property
+    def checkpoint(self) -> int:
+        return self.model + self.optimizer
+
+
+def disk(config: PlanConfig, sizes: Sizes, steps: int) -> Disk:
+    """The checkpoints of a run of so many steps. Each weight has its dtype, and two moments if it trains."""
+    stored = PRECISIONS[config.parallel.precision].storage.itemsize
+    model, optimizer = stored * sizes.numbers, 2 * stored * sizes.trained
+    keeping = config.checkpoint
+    saved = [*range(keeping.every, steps, keeping.every), steps]
+    newest = len(saved) if keeping.keep is None else min(keeping.keep, len(saved))
+    old = saved[: len(saved) - newest]
+    good = len([each for each in old if keeping.keep_every is not None and each % keeping.keep_every == 0])
+    dtype = keeping.keep_every_dtype
+    weights = sizes.numbers * (stored if dtype is None else NAMED_DTYPES[dtype].itemsize)
+    # A new one is written before the oldest of the newest goes.
+    whole = newest + (1 if len(saved) > newest else 0)
+    most = whole * (model + optimizer) + good * weights
+    seconds = (model + optimizer) / (config.storage_gb_per_second * 1e9)
+    return Disk(model, optimizer, good, weights, most, seconds)

@@ -1,0 +1,133 @@
+"""What each device holds of a model, from the sharding itself: `models.sharding` lays the empty model out over a world
+that is not there (torch's `fake` process group), and this reads where every parameter came to lie."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from llm_recipes.config import ParallelConfig
+from llm_recipes.models import sharding
+from llm_recipes.models.topology import Topology, mesh_shape
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that are gathered, and reduced, together.
+
+    Attributes:
+        name: the module's; empty for the root.
+        local: numbers that the first device keeps (it never has fewer than another).
+        gathered: bytes when whole, in the dtype that computes, padded to equal shards.
+        trained: numbers, whole and padded, whose gradients are reduced.
+        trained_local: of them the first device's.
+    """
+
+    name: str
+    local: int
+    gathered: int
+    trained: int
+    trained_local: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model lies on the devices.
+
+    Attributes:
+        groups: by name.
+        shards: devices that one copy of the model is spread over.
+        replicated: whether gradients are summed up over copies too.
+        reshard: whether a group is given back after its forward pass.
+        precision: the run's.
+        written: numbers of weights, and of trained weights, that the first device writes into a checkpoint.
+    """
+
+    groups: dict[str, Group]
+    shards: int
+    replicated: bool
+    reshard: bool
+    precision: sharding.Precision
+
+    @property
+    def local(self) -> int:
+        return sum(each.local for each in self.groups.values())
+
+    @property
+    def trained_local(self) -> int:
+        return sum(each.trained_local for each in self.groups.values())
+
+
+@contextmanager
+def imagined(config: ParallelConfig, devices: int, hosts: int) -> Iterator[Topology]:
+    """A world of so many devices, of which this process is the first and the others are nowhere."""
+    shape, names = mesh_shape(config, devices, hosts)
+    dist.init_process_group("fake", rank=0, world_size=devices)
+    try:
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+        reshard = config.sharding in ("full_shard", "hybrid_shard")
+        yield Topology(0, devices, 0, torch.device("cpu"), mesh, reshard)
+    finally:
+        dist.destroy_process_group()
+
+
+def lay_out(model: Any, config: ParallelConfig, devices: int, hosts: int) -> Layout:
+    """Shard an empty model, in place.
+
+    Args:
+        model: on the meta device; what does not train has been frozen.
+
+    Raises:
+        UserError: the devices do not divide into the replicas asked for.
+    """
+    precision = sharding.PRECISIONS[config.precision]
+    in_fp32 = {id(each) for each in sharding.declared_fp32(model, precision)}
+    with imagined(config, devices, hosts) as place:
+        sharding.shard(model, place, precision)
+        groups = {}
+        for name, module in model.named_modules():
+            if isinstance(module, FSDPModule):
+                own = list(_own_parameters(module))
+                whole = [_padded(each, place.shard_ranks) for each in own]
+                size = 4 if id(module) in in_fp32 else precision.compute.itemsize
+                groups[name] = Group(
+                    name=name,
+                    local=sum(each.to_local().numel() for each in own),
+                    gathered=size * sum(whole),
+                    trained=sum(n for n, each in zip(whole, own, strict=True) if each.requires_grad),
+                    trained_local=sum(each.to_local().numel() for each in own if each.requires_grad),
+                )
+        return Layout(groups, place.shard_ranks, place.mesh.ndim > 1, place.reshard_after_forward, precision)
+
+
+def _own_parameters(module: nn.Module) -> Iterator[DTensor]:
+    """Of a group, without those of the groups inside it; a shared one once."""
+    seen: set[int] = set()
+
+    def walk(inner: nn.Module) -> Iterator[DTensor]:
+        for each in inner.parameters(recurse=False):
+            if id(each) not in seen:
+                seen.add(id(each))
+                assert isinstance(each, DTensor)
+                yield each
+        for child in inner.children():
+            if not isinstance(child, FSDPModule):
+                yield from walk(child)
+
+    yield from walk(module)
+
+
+def _padded(parameter: DTensor, shards: int) -> int:
+    """Numbers of a parameter, its sharded dimension rounded up to a multiple of the shards."""
+    dimension = getattr(parameter.placements[-1], "dim", 0)
+    if parameter.ndim == 0:
+        return shards
+    rows = parameter.shape[dimension]
+    return parameter.numel() // max(rows, 1) * (-(-rows // shards) * shards)
