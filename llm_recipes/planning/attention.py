@@ -56,8 +56,10 @@ def register(kind: str) -> str:
 def assumed(model: Any, asked: str, compute: torch.dtype, mask_documents: bool) -> str:
     """Which attention a run will have, on a device that has flash-attn installed where that is asked for (`auto`)."""
     if asked == "auto":
-        return "flash" if compute != torch.float32 and model._supports_flash_attn else assumed(
-            model, "sdpa", compute, mask_documents
+        return (
+            "flash"
+            if compute != torch.float32 and model._supports_flash_attn
+            else assumed(model, "sdpa", compute, mask_documents)
         )
     if "flash" in asked or (asked == "sdpa" and not mask_documents):
         return "flash"

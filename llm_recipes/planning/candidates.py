@@ -60,7 +60,9 @@ def candidates(config: PlanConfig) -> list[Candidate]:
     rows = [("the run", config)]
     for name, changes in config.candidates.items():
         if not isinstance(changes, dict):
-            raise UserError(f"candidates.{name}={changes}: give keys to change, as candidates.{name}.train.micro_batch_size=1")
+            raise UserError(
+                f"candidates.{name}={changes}: give keys to change, as candidates.{name}.train.micro_batch_size=1"
+            )
         rows.append((name, changed(config, changes, f"candidates.{name}")))
     return [
         Candidate(name, each, devices, find(device, each))

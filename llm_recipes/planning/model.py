@@ -32,7 +32,6 @@ def open_shape(config: ModelConfig) -> tuple[Any, str]:
     return own, f"model.shape (model.path={config.path} is not there)"
 
 
-
 def _from_keys(shape: dict[str, Any]) -> Any:
     """A configuration from the keys of a config.json. One that the kind of model does not know would else be ignored,
     and the plan be that of its default."""
