@@ -12,12 +12,9 @@ setup(
         "hydra_plugins.llm_recipes_launcher",
     ],
     package_dir={"llm_recipes.conf": "conf"},
-<<<<<<< ours
     package_data={
         "llm_recipes.conf": ["**/*.yaml"],
         "llm_recipes.evaluation.definitions": ["*/*.yaml", "*/*.jsonl"],
+        "llm_recipes.reporting": ["page.css", "page.js"],
     },
-=======
-    package_data={"llm_recipes.conf": ["**/*.yaml"], "llm_recipes.reporting": ["page.css", "page.js"]},
->>>>>>> theirs
 )

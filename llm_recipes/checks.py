@@ -6,11 +6,14 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-<<<<<<< ours
-from llm_recipes.config import EvaluateConfig, ExportConfig, ExtendVocabConfig, PretrainConfig, ReportConfig
-=======
-from llm_recipes.config import ExportConfig, ExtendVocabConfig, PlanConfig, PretrainConfig, ReportConfig
->>>>>>> theirs
+from llm_recipes.config import (
+    EvaluateConfig,
+    ExportConfig,
+    ExtendVocabConfig,
+    PlanConfig,
+    PretrainConfig,
+    ReportConfig,
+)
 from llm_recipes.errors import UserError, did_you_mean
 
 LARGEST = 2**31 - 1
@@ -258,7 +261,6 @@ def check_report(config: ReportConfig) -> None:
         raise UserError("--samples: of which step? (step=N)")
 
 
-<<<<<<< ours
 def check_evaluate(config: EvaluateConfig) -> None:
     """Refuse what names no one thing to measure, and numbers that cannot be meant."""
     if (config.model is None) == (config.watch is None):
@@ -275,7 +277,8 @@ def check_evaluate(config: EvaluateConfig) -> None:
         raise UserError(f"output={config.output}: of a run that is watched the results lie in its own folder")
     if config.output == "":
         raise UserError("output: needed, and not given")
-=======
+
+
 def check_plan(config: PlanConfig) -> None:
     """Refuse a run that could not run, and numbers of devices, days and speed that cannot be meant."""
     check_pretrain(config)
@@ -294,7 +297,6 @@ def check_plan(config: PlanConfig) -> None:
             raise UserError(f"{key}={value}: must be more than 0")
     if config.train.steps is None and config.days is None:
         raise UserError("train.epochs: a plan opens no token files; give train.steps, or days")
->>>>>>> theirs
 
 
 CHECKS: dict[str, Any] = {

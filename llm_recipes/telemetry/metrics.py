@@ -95,7 +95,6 @@ def _one_by_one(written: list[str]) -> Iterator[Any]:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-<<<<<<< ours
     """The rows that hold, in the order of their steps: training rows, validation rows, evaluation rows of each suite
     and events apart."""
     rows: dict[tuple[int, str, int], dict[str, Any]] = {}
@@ -103,13 +102,4 @@ def read(path: Path) -> list[dict[str, Any]]:
         kind = next((each for each in ("event", "validation", "evaluation") if each in row), "step")
         name = f"evaluation {','.join(row[kind])}" if kind == "evaluation" else kind
         rows[(row["step"], name, number if kind == "event" else 0)] = row
-=======
-    """The rows that hold, in the order of their steps: training rows, validation and evaluation rows and events
-    apart."""
-    rows: dict[tuple[int, str, int], dict[str, Any]] = {}
-    for number, row in enumerate(lines(path)):
-        kind = next((kind for kind in ("event", "validation", "evaluation") if kind in row), "step")
-        suites = f" {sorted(row[kind])}" if kind == "evaluation" else ""
-        rows[(row["step"], kind + suites, number if kind == "event" else 0)] = row
->>>>>>> theirs
     return [rows[key] for key in sorted(rows)]
