@@ -140,7 +140,9 @@ def stack(batch: Sequence[Row], requests: Sequence[Request]) -> Batch:
     """A batch's tensors, on the CPU."""
     length = max(row.length for row in batch)
     input_ids, positions = [], []
-    segments, places, answers = [], [], []
+    segments: list[list[int]] = []
+    places: list[int] = []
+    answers: list[tuple[int, int, int]] = []
     for number, row in enumerate(batch):
         context = len(row.context)
         ids, position, segment = list(row.context), list(range(context)), [0] * context

@@ -65,7 +65,7 @@ class LanguageModel(HFLM):
         beat: Callable[[str], None] = lambda doing: None,
         show: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        super().__init__(pretrained=_Handle(lm), backend="causal", tokenizer=tokenizer, batch_size=1)  # type: ignore[arg-type]
+        super().__init__(pretrained=_Handle(lm), backend="causal", tokenizer=tokenizer, batch_size=1)
         self.lm, self.topology = lm, lm.topology
         self.beat, self.show = beat, show
         self.batch_tokens = batch_tokens or BATCH_TOKENS.get(lm.topology.device.type, BATCH_TOKENS["cpu"])

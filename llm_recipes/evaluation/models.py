@@ -1,4 +1,4 @@
-"""What is to be measured: a model folder, a checkpoint of a run, a name on the hub; where its results lie; opening it."""
+"""What is measured: a model folder, a run's checkpoint, a name on the hub; where its results lie; opening it."""
 
 import json
 from dataclasses import dataclass, replace
@@ -68,9 +68,9 @@ def find(name: str, config: EvaluateConfig) -> Subject:
     kept = checkpoint / "state.json"
     said: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
     step = said.get("step", manifest.read(checkpoint).get("step"))
-    run = checkpoint.resolve().parent.parent
-    in_run = checkpoint.resolve().parent.name == "checkpoints" and step is not None
-    own = run / EVALUATIONS / manifest.folder_name(step) if in_run else OUTPUTS / checkpoint.resolve().name
+    own = OUTPUTS / checkpoint.resolve().name
+    if checkpoint.resolve().parent.name == "checkpoints" and step is not None:
+        own = checkpoint.resolve().parent.parent / EVALUATIONS / manifest.folder_name(step)
     return Subject(name, checkpoint / "model", checkpoint, own, step, said.get("consumed_tokens"))
 
 

@@ -114,7 +114,9 @@ def metrics_row(result: Result, step: int, consumed_tokens: int | None) -> dict[
     scores = {
         "groups": result["groups"],
         "tasks": {name: each["score"] for name, each in tasks.items()},
-        "standard_errors": {name: each["standard_error"] for name, each in tasks.items() if each["standard_error"]},
+        "standard_errors": {
+            name: each["standard_error"] for name, each in tasks.items() if each["standard_error"] is not None
+        },
     }
     return {"step": step, "consumed_tokens": consumed_tokens, "evaluation": {result["suite"]: scores}}
 
@@ -138,10 +140,10 @@ def show(results: Sequence[Result], names: Sequence[str]) -> None:
             rows[-1] |= {"items": "", "shots": None, "parsed": None}
     for group in first["groups"]:
         row = {"task": f"mean of {group}", "metric": "", "group": group}
-        means = {model: each["groups"].get(group) for model, each in zip(names, results, strict=True)}
+        means = {model: _mean(each, group) for model, each in zip(names, results, strict=True)}
         rows.append(row | means | {"items": "", "shots": None, "parsed": None})
     if rows:
-        show_table(f"suite {first['suite']}", rows)
+        show_table(f"suite {first['suite']}", rows, names)
     for task, prompts in first.get("prompts", {}).items():
         sides = [each.get("prompts", {}).get(task, []) for each in results]
         if any(len(side) != len(prompts) for side in sides):
@@ -156,6 +158,7 @@ def show(results: Sequence[Result], names: Sequence[str]) -> None:
                 }
                 for number, prompt in enumerate(prompts)
             ],
+            names,
         )
 
 
@@ -164,7 +167,12 @@ def _score(result: Result, name: str) -> str:
     if task is None:
         return f"missing: {result['missing'].get(name, 'not measured')}"
     error = task["standard_error"]
-    return f"{task['score']:.4f}" + (f" ± {error:.4f}" if error else "")
+    return f"{task['score']:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+
+
+def _mean(result: Result, group: str) -> str:
+    mean = result["groups"].get(group)
+    return "missing" if mean is None else f"{mean:.4f}"
 
 
 def _items(task: Mapping[str, Any]) -> str:

@@ -65,10 +65,10 @@ def measure(
         UserError: a mistake in the suite, or in local data that it names.
     """
     started = time.monotonic()
-    model = LanguageModel(lm, tokenizer, batch_tokens, beat)
     scored: dict[str, dict[str, Any]] = {}
     prompts: dict[str, list[dict[str, Any]]] = {}
     with _as_lm_eval(suite.config.seed):
+        model = LanguageModel(lm, tokenizer, batch_tokens, beat)
         opened, missing = tasks.open_tasks(suite, tokenizer, model.max_length)
         for name, entry in suite.config.tasks.items():
             if name in missing:

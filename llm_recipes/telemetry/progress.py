@@ -2,10 +2,12 @@
 
 import logging
 import sys
+from collections.abc import Collection
 from typing import Any
 
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -90,11 +92,16 @@ class StepProgress:
             print(f"step {row['step']}/{self._stop}  {text}  left {left}", flush=True)
 
 
-def show_table(title: str, rows: list[dict[str, Any]]) -> None:
-    """Plain values as a table."""
+def show_table(title: str, rows: list[dict[str, Any]], names: Collection[str] = ()) -> None:
+    """Plain values as a table.
+
+    Args:
+        names: columns that are called so by the user, and shown as they are.
+    """
     table = Table(title=title, title_justify="left")
     for name in rows[0]:
-        table.add_column(name.replace("_", " "), justify="right" if isinstance(rows[0][name], int | float) else "left")
+        heading = escape(name) if name in names else name.replace("_", " ")
+        table.add_column(heading, justify="right" if isinstance(rows[0][name], int | float) else "left")
     for row in rows:
         table.add_row(*(_cell(value) for value in row.values()))
     console.print(table)
@@ -111,4 +118,4 @@ def _cell(value: Any) -> str:
         return "-"
     if isinstance(value, float):
         return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,}" if isinstance(value, int) else escape(str(value))
