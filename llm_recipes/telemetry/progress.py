@@ -104,7 +104,10 @@ def show_table(title: str, rows: list[dict[str, Any]], names: Collection[str] = 
         table.add_column(heading, justify="right" if isinstance(rows[0][name], int | float) else "left")
     for row in rows:
         table.add_row(*(_cell(value) for value in row.values()))
-    console.print(table)
+    if console.is_terminal:
+        console.print(table)
+    else:
+        show_whole(table)
 
 
 def show_whole(table: Table) -> None:
