@@ -33,10 +33,11 @@ KEPT_LINES = 200
 
 def register(launch: Launch) -> None:
     """Make the launcher known to Hydra, which does not find a plugin that is installed as an editable checkout."""
+    plugins = Plugins.instance()  # what it finds by itself it loads anew: only then is it known which class that is
     from hydra_plugins.llm_recipes_launcher import TorchrunLauncher
 
     TorchrunLauncher.jobs = TorchrunJobs(launch)
-    Plugins.instance().register(TorchrunLauncher)
+    plugins.register(TorchrunLauncher)
 
 
 class TorchrunJobs:
