@@ -29,12 +29,12 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def search(folder: Path, *words: str, ranks: int = 1) -> tuple[int, str, str]:
+def search(folder: Path, *words: str, ranks: int = 1, **environment: str) -> tuple[int, str, str]:
     start = TORCHRUN if ranks > 1 else []
     clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     done = subprocess.run(
         [sys.executable, *start, VERB, "-m", "+exp=mine", *words],
-        cwd=folder, env=clean | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
+        cwd=folder, env=clean | {"OMP_NUM_THREADS": "1"} | environment, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     return done.returncode, done.stdout, done.stderr
 
@@ -146,6 +146,13 @@ def test_mistakes_are_one_line_and_nothing_runs(place: Path, words: list[str], s
     status, _, err = search(place, "optim.min_lr=null", *words)
     assert status == 2 and err.startswith("error: ") and len(err.splitlines()) == 1 and said in err, err
     assert walked(place) == []
+
+
+def test_the_launcher_is_ours_where_hydra_finds_it_by_itself(place: Path) -> None:
+    """As in a wheel; from an editable checkout it does not, and is told."""
+    words = ["optim.min_lr=null", "optim.lr=1e-5,2e-5", "dry_run=true", "hydra/launcher=torchrun"]
+    status, _, err = search(place, *words, PYTHONPATH=str(Path(__file__).parents[2]))
+    assert status == 2 and "dry_run=true: shows one run" in err, err
 
 
 def test_the_folder_of_another_experiments_search_is_refused(place: Path) -> None:
