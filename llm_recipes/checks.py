@@ -282,12 +282,11 @@ def check_evaluate(config: EvaluateConfig) -> None:
 def check_plan(config: PlanConfig) -> None:
     """Refuse a run that could not run, and numbers of devices, days and speed that cannot be meant."""
     check_pretrain(config)
-    for key, kind in (("devices", int), ("device", str)):
-        value = getattr(config, key)
-        each = value if isinstance(value, list) else [value]
-        if not each or any(type(one) is not kind or (kind is int and one < 1) for one in each):
-            wanted = "a number of 1 or more" if kind is int else "a name, such as h100"
-            raise UserError(f"{key}={value}: {wanted}, or a list of them")
+    many, kinds = ([each] if not isinstance(each, list) else each for each in (config.devices, config.device))
+    if not many or not all(type(each) is int and each > 0 for each in many):
+        raise UserError(f"devices={config.devices}: a number of 1 or more, or a list of them")
+    if not kinds or not all(isinstance(each, str) and each for each in kinds):
+        raise UserError(f"device={config.device}: a name, such as h100, or a list of them")
     if not 0 < config.mfu <= 1:
         raise UserError(f"mfu={config.mfu}: a share of the peak, above 0, up to 1")
     names = ("days", "tokens_per_second_per_device", "storage_gb_per_second", "device_memory_gb", "device_tflops")

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from llm_recipes import checks
 from llm_recipes.config import PlanConfig
-from llm_recipes.errors import UserError
+from llm_recipes.errors import UserError, did_you_mean
 from llm_recipes.planning.devices import Device, find
 
 
@@ -29,22 +29,28 @@ def changed(config: PlanConfig, changes: dict[str, Any], where: str) -> PlanConf
         UserError: a key that does not exist, or what cannot run; names `where`.
     """
     merged = OmegaConf.structured(config)
-    try:
-        for key, value in _flat(changes):
+    for key, value in _flat(changes):
+        try:
             OmegaConf.update(merged, key, value, merge=True)
-        result = OmegaConf.to_object(merged)
+        except (ConfigAttributeError, ConfigKeyError) as error:
+            above, _, name = key.rpartition(".")
+            known = OmegaConf.select(merged, above) if above else merged
+            hint = f", {did_you_mean(name, map(str, known))}" if isinstance(known, DictConfig) else ""
+            raise UserError(f"{where}.{key}: no such key{hint}") from error
+        except OmegaConfBaseException as error:
+            raise UserError(f"{where}.{key}={value}: {str(error).splitlines()[0]}") from error
+    result = OmegaConf.to_object(merged)
+    assert isinstance(result, PlanConfig)
+    try:
         checks.check_values(result)
         checks.check_plan(result)
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or key
-        raise UserError(f"{where}.{key}: {str(error).splitlines()[0]}") from error
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    assert isinstance(result, PlanConfig)
     return result
 
 
 def _flat(changes: dict[str, Any], before: str = "") -> list[tuple[str, Any]]:
+    """Nested keys as dotted ones."""
     found = []
     for name, value in changes.items():
         found += _flat(value, f"{before}{name}.") if isinstance(value, dict) else [(f"{before}{name}", value)]
@@ -60,9 +66,7 @@ def candidates(config: PlanConfig) -> list[Candidate]:
     rows = [("the run", config)]
     for name, changes in config.candidates.items():
         if not isinstance(changes, dict):
-            raise UserError(
-                f"candidates.{name}={changes}: give keys to change, as candidates.{name}.train.micro_batch_size=1"
-            )
+            raise UserError(f"candidates.{name}={changes}: give keys to change, as candidates.{name}.data.seq_len=8192")
         rows.append((name, changed(config, changes, f"candidates.{name}")))
     return [
         Candidate(name, each, devices, find(device, each))

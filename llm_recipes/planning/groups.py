@@ -107,7 +107,7 @@ def lay_out(model: Any, config: ParallelConfig, devices: int, hosts: int) -> Lay
         return Layout(groups, place.shard_ranks, place.mesh.ndim > 1, place.reshard_after_forward, precision)
 
 
-def _own_parameters(module: nn.Module) -> Iterator[DTensor]:
+def _own_parameters(module: Any) -> Iterator[DTensor]:
     """Of a group, without those of the groups inside it; a shared one once."""
     seen: set[int] = set()
 

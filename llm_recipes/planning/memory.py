@@ -4,8 +4,8 @@ Three things are put together: how `models.sharding` lays the model out (`groups
 the way (`trace`), and what FSDP2 (torch's `fully_shard`) holds beside them at each moment of that pass:
 
     forward   a group whole, in the dtype that computes, and its all-gather's flat buffer until the next one's
-    backward  a group whole; the flat buffer of the one that is fetched ahead; its whole gradients until they are reduced;
-              the reduction's input, fp32, of the group before
+    backward  a group whole; the flat buffer of the one that is fetched ahead; its whole gradients until they are
+              reduced; the reduction's input, fp32, of the group before
     the root  whole from the first to the last: what is in no layer, as a rule the last norm and the head
     end       the root's and the input embedding's gradients, which are reduced last
 """
@@ -16,7 +16,7 @@ import torch
 
 from llm_recipes.config import PlanConfig
 from llm_recipes.planning.groups import Group, Layout
-from llm_recipes.planning.trace import LOSS, ROOT, Moment, Trace
+from llm_recipes.planning.trace import INPUT, LOSS, ROOT, Moment, Trace
 
 REDUCED = torch.float32.itemsize
 """Bytes: gradients are reduced in fp32 (`models.sharding`)."""
@@ -151,8 +151,8 @@ class _Around:
         }
 
     def _summed(self, done: int) -> int:
-        """Of gradients that are summed up over copies of the model FSDP holds the fp32 sums until a group's next one, or
-        the end of the step's last backward pass; the first one in fp32 is the gradient itself."""
+        """Of gradients that are summed up over copies of the model FSDP holds the fp32 sums until a group's next one,
+        or the end of the step's last backward pass; the first one in fp32 is the gradient itself."""
         kept_apart = self.layout.precision.storage != torch.float32
         if self.again and (kept_apart or self.micro_batches > 2):
             return self.layout.trained_local
@@ -178,7 +178,7 @@ class _Around:
         return [self.layout.groups[ROOT], *(each for each in self.order if each.name in self.passed.roots)]
 
     def backward(self, name: str) -> dict[str, int]:
-        order, at = self.order, self._at(name)
+        order, at = self.order, -1 if name == INPUT else self._at(name)
         held = self._whole(name) if self.layout.reshard else sum(each.gathered for each in order[: at + 1])
         if self.layout.reshard and self.layout.shards > 1 and 0 < at < len(order):
             held += order[at - 1].gathered  # fetched ahead

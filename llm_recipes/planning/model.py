@@ -35,14 +35,14 @@ def open_shape(config: ModelConfig) -> tuple[Any, str]:
 def _from_keys(shape: dict[str, Any]) -> Any:
     """A configuration from the keys of a config.json. One that the kind of model does not know would else be ignored,
     and the plan be that of its default."""
-    kind = shape.get("model_type")
+    kind = str(shape.get("model_type"))
     try:
         default = AutoConfig.for_model(kind)
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"model.shape.model_type={kind}: no such kind of model ({first_line(error)})") from error
     known = default.to_dict()
     groups = [group for group in known.values() if isinstance(group, dict)]
-    other = ("architectures", "torch_dtype", "dtype", "transformers_version", "rope_scaling")
+    other = ("architectures", "torch_dtype", "dtype", "transformers_version", "rope_scaling", "vocabulary_extension")
     for key in shape:
         if key not in known and key not in other and not any(key in group for group in groups):
             raise UserError(f"model.shape.{key}: {kind} has no such key, {did_you_mean(key, known)}")

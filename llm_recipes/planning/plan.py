@@ -2,7 +2,6 @@
 
 import bisect
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -111,8 +110,8 @@ def rows(config: PlanConfig) -> tuple[list[Row], str]:
             source = source or where
             opened[key] = Sizes(each.config, own)
         sizes = opened[key]
-        own_memory = sizes.memory(each.config, each.devices)
         pace = speed(each.config, each.devices, each.device.peak, sizes.cost.per_token(each.config.data.seq_len))
+        own_memory = sizes.memory(each.config, each.devices)
         short = own_memory.total > each.device.memory
         found.append(
             Row(
@@ -129,6 +128,8 @@ def plan(config: PlanConfig) -> None:
     Raises:
         UserError: what a run would refuse, a device that is not known, a model of which there is not even a shape.
     """
+    if config.output is not None and (Path(config.output).is_dir() or not Path(config.output).parent.is_dir()):
+        raise UserError(f"output={config.output}: no file can be there; name one in a folder that exists")
     loading.quiet_libraries()
     found, source = rows(config)
     first = found[0]
@@ -143,9 +144,10 @@ def plan(config: PlanConfig) -> None:
             {"what": "tokens of a step", "is": config.train.global_batch_size * config.data.seq_len},
         ],
     )
-    show_table("Candidates", [_overview(each) for each in found])
+    show_table("Does it fit?", [_room(each) for each in found])
+    show_table("Time: tokens/s and TFLOPS of a device, hours of all together", [_time(each) for each in found])
     show_table("Memory of a device at its worst moment, GB", _memory_table(found))
-    show_table("Disk, GB", [_disk_row(each) for each in _unlike(found)])
+    show_table("Disk, GB", _disk_table(found))
     for each in found:
         if each.levers:
             show_table(
@@ -157,19 +159,25 @@ def plan(config: PlanConfig) -> None:
         write(Path(config.output), found, source)
 
 
-def _overview(row: Row) -> dict[str, Any]:
+def _room(row: Row) -> dict[str, Any]:
     unknown = row.sizes.problem is not None and row.spare >= 0
     return {
         "candidate": row.title,
-        "memory_GB": f"{row.memory.total / 1e9:.1f} of {row.candidate.device.memory / 1e9:g}",
+        "memory, GB": f"{row.memory.total / 1e9:.1f} of {row.candidate.device.memory / 1e9:g}",
         "fits": "not known" if unknown else _fits(row.spare),
-        "tokens/s/device": round(row.speed.tokens_per_second_per_device),
-        "TFLOPS/device": round(row.speed.model_tflops_per_device),
+    }
+
+
+def _time(row: Row) -> dict[str, Any]:
+    return {
+        "candidate": row.title,
+        "tokens/s": round(row.speed.tokens_per_second_per_device),
+        "TFLOPS": round(row.speed.model_tflops_per_device),
         "MFU": f"{row.speed.mfu:.1%}",
         "steps": row.speed.steps,
         "tokens": f"{row.speed.tokens / 1e9:.1f}B",
         "days": f"{row.speed.days:.1f}",
-        "device_hours": round(row.speed.days * 24 * row.candidate.devices),
+        "hours": round(row.speed.days * 24 * row.candidate.devices),
     }
 
 
@@ -189,21 +197,23 @@ def _memory_table(found: list[Row]) -> list[dict[str, Any]]:
     return table
 
 
-def _unlike(found: Iterable[Row]) -> list[Row]:
-    """A checkpoint does not depend on the devices: of each that differs, the first."""
-    return list({repr(each.disk): each for each in reversed(list(found))}.values())[::-1]
-
-
-def _disk_row(row: Row) -> dict[str, Any]:
-    return {
-        "candidate": row.candidate.name,
-        "model": f"{row.disk.model / 1e9:.1f}",
-        "optimizer": f"{row.disk.optimizer / 1e9:.1f}",
-        "a checkpoint": f"{row.disk.checkpoint / 1e9:.1f}",
-        "kept for good": f"{row.disk.kept_for_good} x {row.disk.kept_weights / 1e9:.1f}",
-        "the run at most": f"{row.disk.most / 1e9:.1f}",
-        "seconds per save": round(row.disk.seconds),
-    }
+def _disk_table(found: list[Row]) -> list[dict[str, Any]]:
+    """What is on disk hardly depends on the devices: candidates that are alike stand in one row."""
+    alike: dict[str, list[Row]] = {}
+    for each in found:
+        alike.setdefault(repr(each.disk), []).append(each)
+    return [
+        {
+            "candidate": ", ".join(each.title for each in group),
+            "model": f"{group[0].disk.model / 1e9:.1f}",
+            "optimizer": f"{group[0].disk.optimizer / 1e9:.1f}",
+            "a checkpoint": f"{group[0].disk.checkpoint / 1e9:.1f}",
+            "kept for good": f"{group[0].disk.kept_for_good} x {group[0].disk.kept_weights / 1e9:.1f}",
+            "the run at most": f"{group[0].disk.most / 1e9:.1f}",
+            "seconds per save": round(group[0].disk.seconds),
+        }
+        for group in alike.values()
+    ]
 
 
 def _lever_row(row: Row, lever: Lever) -> dict[str, Any]:
@@ -220,7 +230,7 @@ def notes(config: PlanConfig, found: list[Row]) -> list[str]:
         "flash": "flash attention, which keeps no scores (install the gpu extra)",
         "fused": "torch's own with a mask of seq_len x seq_len per layer, because documents are kept apart",
     }
-    kind = found[0].sizes.attention
+    kind = str(found[0].sizes.attention)
     said = [
         f"GB are 10^9 bytes. Attention: {attention.get(kind, kind)}.",
         "Memory is what tensors hold; about 6% of a device beyond its nominal GB are left for CUDA, NCCL and what "

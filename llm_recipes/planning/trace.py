@@ -25,6 +25,10 @@ COPIES_ITS_INPUT = {torch.ops.aten.logsumexp.default}
 """Operations that hold as much as their input while they work, where the counter does not see it."""
 
 
+INPUT = "the input"
+"""What is left of the backward pass after the first layer, where the input embedding is the root's (a tied one)."""
+
+
 @dataclass(frozen=True)
 class Moment:
     """The largest that a stretch of the pass holds.
@@ -177,7 +181,10 @@ class _Watch:
         def before(_module: nn.Module, *inputs: Any) -> None:
             if self.is_backward:  # recomputed
                 return
-            if not any(isinstance(each, torch.Tensor) and each.requires_grad for each in tree_leaves(inputs)):
+            with_gradient = [x for x in tree_leaves(inputs) if isinstance(x, torch.Tensor) and x.requires_grad]
+            if with_gradient:
+                with_gradient[0].register_hook(self._end_of(name, self._inside[-1]))
+            else:
                 self.found.roots.append(name)
             if name == LOSS:
                 self.found.before_loss = self.counter.now.activations
@@ -206,3 +213,11 @@ class _Watch:
             self.counter.begin(name)
 
         return begin
+
+    def _end_of(self, name: str, outer: str) -> Callable[[torch.Tensor], None]:
+        def end(_gradient: torch.Tensor) -> None:
+            # Where another group ends here, as most do, its own has been called before, and begun its stretch.
+            if self._done == name and name != LOSS:
+                self._backward_of(INPUT if outer == ROOT else outer)(_gradient)
+
+        return end

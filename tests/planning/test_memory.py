@@ -31,6 +31,11 @@ CASES: dict[str, dict[str, str]] = {
     "fp32": {"precision": "fp32"},
 }
 
+FAMILIES: dict[str, dict[str, Any]] = {
+    "tied": {"tie_word_embeddings": True},
+    "experts": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+}
+
 
 @pytest.fixture(scope="module")
 def benchmark() -> Iterator[Any]:
@@ -51,6 +56,18 @@ def test_a_plan_says_what_a_step_takes(benchmark: Any, tmp_path: Path, case: str
     options = OPTIONS | CASES[case]
     folder = benchmark.write_model(tmp_path, options)
     predicted = benchmark.predict(folder, options, int(options["ranks"]), "cpu")
+    with benchmark.world(options) as place:
+        measured = benchmark.measure(place, folder, options)
+    assert predicted.total == pytest.approx(measured, rel=0.03), predicted
+
+
+@pytest.mark.parametrize("case", ["plain", "one micro-batch"])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.filterwarnings("ignore")
+def test_so_it_does_of_other_families(benchmark: Any, tmp_path: Path, family: str, case: str) -> None:
+    options = OPTIONS | CASES[case] | {"precision": "bf16"}
+    folder = benchmark.write_model(tmp_path, options, **FAMILIES[family])
+    predicted = benchmark.predict(folder, options, 4, "cpu")
     with benchmark.world(options) as place:
         measured = benchmark.measure(place, folder, options)
     assert predicted.total == pytest.approx(measured, rel=0.03), predicted
