@@ -57,7 +57,7 @@ def rows(count: int, seed: int, rate: float) -> list[dict[str, object]]:
 
 def write_search(folder: Path, runs: int, count: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "search.json").write_text(json.dumps({"keys": ["optim.lr"], "command": "pretrain -m"}))
+    (folder / "search.json").write_text(json.dumps({"keys": ["optim.lr"], "commands": ["pretrain -m"]}))
     write(folder / "base" / "f" / "mini.json", result(0.37, 0.0, None))
     for number in range(runs):
         away = -1.5 + 3 * number / max(1, runs - 1)

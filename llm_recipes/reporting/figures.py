@@ -6,6 +6,7 @@ reads a little HTML in texts.
 
 import html
 import math
+from collections import deque
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -32,6 +33,8 @@ BUCKETS_ALONE, BUCKETS_MANY = 400, 60
 """Spans of a thinned curve: of a run by itself, of one among many."""
 SHOWN_IN_LEGEND = 12
 FEW = 6
+STRETCHES = 60
+"""A mean is over so small a part of a curve."""
 
 
 def escape(text: str) -> str:
@@ -110,6 +113,19 @@ def curve(
         "type": "scatter", "mode": mode, "x": thin_xs, "y": thin_ys, "name": escape(name), "line": line,
         "marker": {"size": 5, "color": colour}, "connectgaps": False, **more,
     }  # fmt: skip
+
+
+def running_mean(ys: Sequence[float | None], stretch: int) -> list[float | None]:
+    """At each place the mean of the last `stretch` figures, as far as there are so many."""
+    means: list[float | None] = []
+    window: deque[float] = deque()
+    for y in ys:
+        if y is not None:
+            window.append(y)
+        if len(window) > stretch:
+            window.popleft()
+        means.append(None if y is None else math.fsum(window) / len(window))
+    return means
 
 
 def points(xs: Sequence[Any], ys: Sequence[Any], name: str, texts: Sequence[str], marker: dict[str, Any]) -> Trace:

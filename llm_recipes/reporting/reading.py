@@ -81,7 +81,7 @@ class Run:
 
     Attributes:
         name: below the folder that was asked for.
-        settings: configuration by dotted key; empty where there is none yet.
+        settings: configuration by dotted key; of a job that has failed before its start as its mark has it.
         job: `job.json` of a search's run; empty for a run by itself.
         steps: the training rows that hold, in order.
         events: all, as they were written.
@@ -124,6 +124,8 @@ class Run:
         said = self.job.get("status")
         if said:
             return str(said)
+        if not self.events and self.stop is not None and self.last_step >= self.stop:
+            return "done"
         words = {"finish": "done", "error": "failed", "stop": "stopped", "stall": "failed"}
         last = next((each["event"] for each in reversed(self.events) if each["event"] in {*words, "start"}), None)
         return words.get(str(last), "running")
@@ -198,6 +200,7 @@ def read_run(folder: Path, name: str) -> Run:
             run.settings = flat(yaml.load(config.read_text(encoding="utf-8"), Loader))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"{config}: damaged ({type(error).__name__}); bring it back") from error
+    run.settings = run.settings or flat(run.job.get("settings") or {})
     if (folder / "metrics.jsonl").is_file():
         run.rows = metrics.lines(folder / "metrics.jsonl")
         _sort(run)

@@ -49,9 +49,11 @@ def course(run: Run, say: Texts) -> tuple[list[Named], list[str]]:
         traces = []
         for place, (name, read) in enumerate(lines):
             ys = [number(read(row)) for row in run.steps]
+            there = [at for at, y in enumerate(ys) if y is not None or heading != "loss_by_source"]  # not in each batch
             if any(y is not None for y in ys):
                 colour = figures.PALETTE[place % len(figures.PALETTE)]
-                traces.append(figures.curve([row["step"] for row in run.steps], ys, name, colour))
+                steps = [run.steps[at]["step"] for at in there]
+                traces.append(figures.curve(steps, [ys[at] for at in there], name, colour))
         if traces:
             made.append((say(heading), _frame(traces, say("step"), say(unit) if unit else "", heading), ""))
         else:

@@ -56,6 +56,20 @@ class Runs:
     def means(self) -> list[str]:
         return [name for name, score in self.examples.items() if score.is_mean]
 
+    @cached_property
+    def model_names(self) -> dict[str, str]:
+        """Each base model's shortest ending that no other has; `model` alone would say nothing."""
+        found = {}
+        for model in self.bases:
+            parts = Path(model).parts
+            for count in range(1, len(parts) + 1):
+                ending = parts[-count:]
+                same = [other for other in self.bases if Path(other).parts[-count:] == ending]
+                if len(same) == 1 and ending != ("model",):
+                    break
+            found[model] = "/".join(parts[-count:]) if parts else model
+        return found
+
     @property
     def leader(self) -> int | None:
         """The number of the run that is best in `best`."""
@@ -154,7 +168,13 @@ def show_runs(runs: Runs) -> None:
         table.add_column(escape(name), justify="right")
     for run, scores in zip(runs.runs, runs.scores, strict=True):
         loss, lr = number(run.at(None).get("loss")), setting(run, "optim.lr")
-        cells = [run.name, Path(model_of(run)).name, run.status, "-" if lr is None else shown(lr), f"{run.last_step:,}"]
+        cells = [
+            run.name,
+            runs.model_names[model_of(run)],
+            run.status,
+            "-" if lr is None else shown(lr),
+            f"{run.last_step:,}",
+        ]
         cells += ["-" if loss is None else figure(loss), amount(number(run.at(None).get("consumed_tokens")))]
         cells += [figure(scores[name][1].value) if name in scores else "-" for name in runs.means]
         table.add_row(*map(escape, cells))

@@ -1,6 +1,5 @@
 """Any runs as a page: what each came to, in the order that they were started in."""
 
-from pathlib import Path
 from typing import Any
 
 from llm_recipes.reporting import figures
@@ -27,7 +26,7 @@ def runs_page(runs: Runs, language: str, table: str) -> Page:
     say = runs.texts(language)
     page = Page(say, runs.folder.resolve().name)
     page.head(say("runs"), [say("made", time=now(), folder=runs.folder), say("with_csv", path=table)])
-    bases = say("count_bases", count=len(runs.bases)) if len(runs.bases) > 1 else next(iter(runs.bases))
+    bases = say("count_bases", count=len(runs.bases)) if len(runs.bases) > 1 else next(iter(runs.model_names.values()))
     leader, best = runs.leader, runs.best
     if leader is not None and best is not None:
         value = figure(runs.scores[leader][best][1].value)
@@ -73,9 +72,9 @@ def _by_trial(runs: Runs, say: Texts, name: str) -> Named | None:
             ]
             heights = [score.value for _, score in scores]
             mark: dict[str, Any] = {"color": colour, "symbol": symbol}
-            traces.append(figures.points([at + 1 for at in those], heights, _short(model), texts, mark))
+            traces.append(figures.points([at + 1 for at in those], heights, runs.model_names[model], texts, mark))
         if name in base:
-            level = figures.level(ends, base[name].value, f"{say('base')}: {_short(model)}")
+            level = figures.level(ends, base[name].value, f"{say('base')}: {runs.model_names[model]}")
             traces.append(level | {"line": {**level["line"], "color": colour}, "showlegend": False})
     score = runs.examples[name]
     unit = "" if score.unit == "score" else say(score.unit)
@@ -96,10 +95,6 @@ def _best_so_far(runs: Runs, say: Texts, name: str, scored: list[int]) -> Trace:
         ys.append(best.value)
     line = figures.curve([at + 1 for at in scored], list(ys), say("best_so_far"), figures.FAINT)
     return line | {"mode": "lines", "hoverinfo": "skip", "line": {"color": figures.FAINT, "width": 1.5, "shape": "hv"}}
-
-
-def _short(model: str) -> str:
-    return Path(model).name or model
 
 
 def _losses(runs: Runs) -> list[Trace]:
@@ -129,7 +124,7 @@ def _table(page: Page, runs: Runs) -> None:
         loss = number(last.get("loss"))
         state = say.status(run.status)
         row: list[Cell | str | None] = [
-            numeral(str(at + 1)), Cell(text(run.name), "name"), _short(model_of(run)),
+            numeral(str(at + 1)), Cell(text(run.name), "name"), runs.model_names[model_of(run)],
             Cell(f"{text(state)}<small>{text(run.error)}</small>", "long narrow") if run.error else state,
         ]  # fmt: skip
         row += [numeral(None if setting(run, key) is None else shown(setting(run, key))) for key in varied]

@@ -13,7 +13,7 @@ from llm_recipes.reporting.reading import Run, base_results, read_json, read_run
 from llm_recipes.reporting.rule import Candidate, Rule, Verdict, judge
 from llm_recipes.reporting.scores import Score, full_name, scores_in
 from llm_recipes.reporting.texts import shown
-from llm_recipes.training.folder import flat, may_change
+from llm_recipes.training.folder import may_change
 
 SHOWN_KEYS = 4
 
@@ -151,12 +151,10 @@ def read_search(folder: Path, config: ReportConfig) -> Search:
             was asked for names a score that is not there.
     """
     said = _search_json(folder)
-    before = flat(said.get("base_settings") or {})
     runs = [read_run(each, each.relative_to(folder).as_posix()) for each in run_folders(folder) if each != folder]
     if not runs:
-        raise UserError(f"sweep={folder}: no run in it yet; start the search with {said.get('command') or '-m'}")
-    for run in runs:
-        run.settings = run.settings or (before | run.overrides)
+        command = next(iter(said.get("commands") or []), "pretrain -m")
+        raise UserError(f"sweep={folder}: no run in it yet; start the search with {command}")
     keys = list(dict.fromkeys([*(said.get("keys") or []), *(key for run in runs for key in run.overrides)]))
     _refuse_mixed(folder, runs, keys)
     varied = [key for key in keys if len({shown(setting(run, key)) for run in runs}) > 1]
@@ -196,6 +194,8 @@ def _order(value: Any) -> tuple[int, float, str]:
 def _refuse_mixed(folder: Path, runs: list[Run], keys: list[str]) -> None:
     """The runs of a search differ in what is searched and in nothing else that decides what they learn."""
     swept = {*keys}
+    if any("." not in key for key in swept):  # whole experiments are what is searched
+        return
     odd: dict[str, list[str]] = {}
     for key in dict.fromkeys(key for run in runs for key in run.settings):
         if may_change(key) or any(key == each or key.startswith(f"{each}.") for each in swept):

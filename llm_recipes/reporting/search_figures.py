@@ -43,7 +43,8 @@ def score_figures(search: Search, say: Texts) -> list[Named]:
 def _score_figure(search: Search, say: Texts, name: str) -> Named:
     one = len(search.keys) == 1
     keyed = [setting(run, search.keys[0]) for run in search.runs] if one else []
-    axis: dict[str, Any] = figures.value_axis(keyed) if one else {"type": "linear"}
+    begun = [value for run, value in zip(search.runs, keyed, strict=False) if run.steps or run.scored_steps()]
+    axis: dict[str, Any] = figures.value_axis(begun or keyed) if one else {"type": "linear"}
     if axis.get("type") == "category":
         keyed = [figures.escape(shown(value)) for value in keyed]
     places: list[Any] = keyed if one else [search.trials[run.name] for run in search.runs]
@@ -65,7 +66,8 @@ def _score_figure(search: Search, say: Texts, name: str) -> Named:
             trace["error_y"] = {"type": "data", "array": errors, "color": figures.FAINT, "thickness": 1.2, "width": 4}
         traces.append(trace)
     bases = {base[name].value for base in search.bases.values() if name in base}
-    ends = [places[0], places[-1]] if axis["type"] == "category" else [min(places), max(places)]
+    spread = begun or places
+    ends = [places[0], places[-1]] if axis["type"] == "category" else [min(spread), max(spread)]
     if "range" in axis:
         ends = [10.0**each for each in axis["range"]]
     for value in sorted(bases):
@@ -165,13 +167,27 @@ def _pareto_figure(search: Search, say: Texts, best: str, other: str) -> Named |
 
 
 def loss_figure(search: Search, say: Texts) -> Figure | None:
-    """All training losses; the taken run is thick."""
+    """All training losses; the taken run is thick. Of a few runs the mean over a stretch stands before the losses,
+    which are pale: curves of different learning rates lie close."""
     traces = []
+    few = len(search.runs) <= figures.SHOWN_IN_LEGEND
     buckets = figures.BUCKETS_ALONE if len(search.runs) <= figures.FEW else figures.BUCKETS_MANY
     for run, colour in zip(search.runs, line_colours(search), strict=True):
         if run.steps:
             xs, ys = [row["step"] for row in run.steps], [number(row["loss"]) for row in run.steps]
-            traces.append(figures.curve(xs, ys, search.short_label(run), colour, buckets, **_thick(search, run)))
+            line = figures.curve(xs, ys, search.short_label(run), colour, buckets, **_thick(search, run))
+            stretch = len(xs) // figures.STRETCHES
+            if few and stretch > 1:
+                pale = {
+                    "opacity": 0.22,
+                    "showlegend": False,
+                    "hoverinfo": "skip",
+                    "line": {"width": 1, "color": colour},
+                }
+                traces.append(line | pale)
+                means = figures.running_mean(ys, stretch)
+                line = figures.curve(xs, means, search.short_label(run), colour, buckets, **_thick(search, run))
+            traces.append(line)
     traces += event_marks(search.runs, say)
     return _of_runs(traces, search, say("step"), say("loss")) if traces else None
 

@@ -180,7 +180,9 @@ def search_page(search: Search, language: str) -> Page:
     _task_tables(page, search)
     page.section(say("details"))
     with page.fold(say("commands")):
-        rows: list[list[Cell | str | None]] = [["search", _long(search.said.get("command"))]]
+        rows: list[list[Cell | str | None]] = [
+            [say("search"), _long(each)] for each in search.said.get("commands") or []
+        ]
         rows += [[search.label(run), _long(run.job.get("command"))] for run in search.runs]
         page.table([say("run"), say("commands")], rows)
     shared = {
