@@ -149,3 +149,11 @@ def test_both_experiments_compose(tmp_path: Path) -> None:
 
 def test_what_is_not_the_user_s_mistake_keeps_its_own_words() -> None:
     assert explain(ValueError("a\nb"), "pretrain") == "a"
+
+
+def test_a_key_of_the_verb_may_be_called_like_a_folder_of_configurations() -> None:
+    assert read_overrides("evaluate", ["suite=mini", "items=3"]) == (["items=3"], {"suite": "mini"})
+    assert read_overrides("evaluate", ["suite=[mini,prompts]"]) == ([], {"suite": "[mini,prompts]"})
+    with pytest.raises(UserError, match=r"suite=\[mini,prompts\]"):
+        read_overrides("evaluate", ["suite=mini,prompts"])
+    assert read_overrides("pretrain", ["+search=lr"]) == (["+search=lr"], {}), "a group may be called like a part"

@@ -116,12 +116,6 @@ def show_whole(table: Table) -> None:
     Console(width=max(width, console.width), highlight=False).print(table)
 
 
-def show_whole(table: Table) -> None:
-    """A table of ours that loses no figure where the terminal is narrow: its lines are then broken by the terminal."""
-    width = Measurement.get(console, console.options.update(width=10_000), table).maximum
-    Console(width=max(width, console.width), highlight=False).print(table)
-
-
 def _cell(value: Any) -> str:
     if value is None:
         return "-"

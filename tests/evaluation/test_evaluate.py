@@ -106,9 +106,9 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_models: dict[str, Path]
 def theirs(place: Path) -> dict[str, dict[str, Any]]:
     """What lm-eval's own command line says."""
     command = [
-        sys.executable, "-m", "lm_eval", "run", "--model", "hf",
-        "--model_args", f"pretrained={place / 'model'},dtype=float32", "--tasks", "choose,write", "--include_path", str(place / "tasks"), "--device", "cpu", "--output_path",
-        str(place / "theirs"),
+        sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu",
+        "--model_args", f"pretrained={place / 'model'},dtype=float32",
+        "--tasks", "choose,write", "--include_path", str(place / "tasks"), "--output_path", str(place / "theirs"),
     ]  # fmt: skip
     clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     subprocess.run(
