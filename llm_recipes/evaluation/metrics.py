@@ -13,8 +13,11 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
+
 from llm_recipes.evaluation.rows import Row
 
+RESAMPLED = 200
 NUMBER = re.compile(r"(-?[0-9.,]+)")
 
 
@@ -179,7 +182,7 @@ def _word_f1(answer: list[str], reference: list[str]) -> float:
 
 def into_english(doc: Row, results: Sequence[str]) -> dict[str, Any]:
     """A translation beside its reference, for `bleu` over the whole set."""
-    return {"bleu": (doc["reference"], results[0].strip()), "parsed": float(bool(results[0].strip()))}
+    return _translation(doc["reference"], results[0].strip())
 
 
 def into_japanese(doc: Row, results: Sequence[str]) -> dict[str, Any]:
@@ -187,7 +190,12 @@ def into_japanese(doc: Row, results: Sequence[str]) -> dict[str, Any]:
     import nagisa
 
     reference, answer = (" ".join(nagisa.tagging(text.strip()).words) for text in (doc["reference"], results[0]))
-    return {"bleu": (reference, answer), "parsed": float(bool(results[0].strip()))}
+    return _translation(reference, answer)
+
+
+def _translation(reference: str, answer: str) -> dict[str, Any]:
+    pair = (reference, answer)
+    return {"bleu": pair, "bleu_stderr": pair, "parsed": float(bool(answer))}
 
 
 def bleu(pairs: Sequence[tuple[str, str]]) -> float:
@@ -196,3 +204,18 @@ def bleu(pairs: Sequence[tuple[str, str]]) -> float:
 
     references, answers = zip(*pairs, strict=True)
     return float(sacrebleu.corpus_bleu(list(answers), [list(references)]).score) / 100
+
+
+def bleu_standard_error(pairs: Sequence[tuple[str, str]]) -> float:
+    """The standard error of `bleu`: the deviation of the figure over sets that are drawn from these pairs with
+    replacement, always the same ones (Koehn 2004)."""
+    from sacrebleu.metrics import BLEU
+
+    scores = [BLEU(effective_order=True).sentence_score(answer, [reference]) for reference, answer in pairs]
+    counted = np.array([[*each.counts, *each.totals, each.sys_len, each.ref_len] for each in scores])
+    generator = np.random.default_rng(0)
+    drawn = []
+    for _ in range(RESAMPLED):
+        sums = counted[generator.integers(len(pairs), size=len(pairs))].sum(axis=0).tolist()
+        drawn.append(BLEU.compute_bleu(sums[:4], sums[4:8], sums[8], sums[9], smooth_method="exp").score / 100)
+    return float(np.std(drawn, ddof=1))

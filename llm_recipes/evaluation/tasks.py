@@ -292,7 +292,7 @@ def _metric(suite: Suite, name: str, entry: TaskConfig, task: Any) -> str:
     Raises:
         UserError: the task has no such figure.
     """
-    metrics = [metric for metric in task.aggregation() if metric != PARSED]
+    metrics = [metric for metric in task.aggregation() if metric != PARSED and not metric.endswith("_stderr")]
     filters = [each.name for each in task._filters]
     known = [f"{metric},{each}" for metric in metrics for each in filters]
     wanted = entry.metric or metrics[0]

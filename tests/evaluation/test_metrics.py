@@ -158,6 +158,22 @@ def test_bleu_is_sacrebleu_s_over_the_whole_set() -> None:
     assert metrics.bleu([("a b c d e", "a b c d e")]) == pytest.approx(1)
 
 
+def test_bleu_s_standard_error_is_that_of_drawn_sets() -> None:
+    import random
+
+    import numpy as np
+
+    generator = random.Random(0)
+    pairs = []
+    for _ in range(60):
+        reference = generator.choices(["the", "a", "cat", "dog", "sees", "eats", "red", "old", "house", "tree"], k=9)
+        answer = [word if generator.random() < 0.8 else "so" for word in reference]
+        pairs.append((" ".join(reference), " ".join(answer)))
+    drawn = [metrics.bleu(generator.choices(pairs, k=60)) for _ in range(300)]
+    error = metrics.bleu_standard_error(pairs)
+    assert error == pytest.approx(float(np.std(drawn)), rel=0.2) and error == metrics.bleu_standard_error(pairs)
+
+
 def test_bleu_into_japanese_is_over_words(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
     from types import SimpleNamespace
