@@ -129,7 +129,7 @@ def evaluate_model(
                 done[suite.name] = result
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"out of memory with {subject.name}: give a smaller batch_tokens, or sharding=full_shard on several devices",
+            f"out of memory with {subject.name}: give a smaller batch_tokens, or sharding=full_shard on more devices",
             everywhere=False,
         ) from error
     del lm

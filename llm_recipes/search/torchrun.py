@@ -27,6 +27,8 @@ OUTPUT = "output.log"
 """What a job has printed, in its folder."""
 LOOKS_EVERY = 0.3
 """Seconds."""
+SECONDS_TO_SAVE = "600"
+"""That torchrun leaves its processes after it was asked to end (torch 2.12 and later)."""
 KEPT_LINES = 200
 """In which a job's error is looked for."""
 
@@ -118,7 +120,7 @@ class TorchrunJobs:
             for slot, each in list(running.items()):
                 each.show()
                 if each.process.poll() is not None:
-                    outcome = each.end()
+                    outcome = each.end(self.asked)
                     del running[slot]
                     ended += 1
                     left = duration((time.monotonic() - started) / ended * (total - ended))
@@ -137,6 +139,7 @@ class Torchrun:
         job.mark(jobs.RUNNING, **self._facts)
         print(f"== {job.name}" + (f" on devices {devices}" if devices else ""), flush=True)
         own = {"CUDA_VISIBLE_DEVICES": devices} if devices else {}
+        own |= {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SECONDS_TO_SAVE)}
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *arguments]
         with open(job.folder / OUTPUT, "ab") as file:
             self._read = file.tell()
@@ -159,13 +162,19 @@ class Torchrun:
             print(f"{self.prefix}{line}", flush=True)
             self._said = [*self._said[-KEPT_LINES:], line.strip()]
 
-    def end(self) -> str:
-        """Mark what became of it, and say it."""
+    def end(self, asked: str | None) -> str:
+        """Mark what became of it, and say it.
+
+        Args:
+            asked: the signal by which it was asked to stop, if it was.
+        """
         self.show()
         status = self.process.returncode
         outcome, why = jobs.DONE, _why_stopped(self.job, self._began)
         if why is not None:
             outcome = jobs.STOPPED  # whatever its status: a torchrun that is asked to end has 1
+        elif status != 0 and asked is not None:
+            outcome, why = jobs.STOPPED, f"{asked}, before it could save"
         elif status != 0:
             mistakes = [line.removeprefix("error: ") for line in self._said if line.startswith("error: ")]
             bugs = [line for line in self._said if "Error: " in line and "ChildFailedError" not in line]
