@@ -1,6 +1,7 @@
 """Throughput between logged steps."""
 
 import logging
+import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,13 @@ from llm_recipes.training.loop import Step
 log = logging.getLogger(__name__)
 
 
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes of this process so far: of the GPU where there is one, else resident."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 class Clock:
     """Throughput between logged steps; validation and saving do not count."""
 
@@ -22,7 +30,8 @@ class Clock:
         self._ranks = lm.topology.ranks
         self._seq_len = seq_len
         self._per_token = lm.cost.per_token(seq_len)
-        self._cuda = lm.topology.device.type == "cuda"
+        self._device = lm.topology.device
+        self._cuda = self._device.type == "cuda"
         name = torch.cuda.get_device_name(lm.topology.device) if self._cuda else "CPU"
         self._peak = flops.peak_flops(name)
         if self._peak is None:
@@ -51,6 +60,7 @@ class Clock:
             "mfu": rate * self._per_token / self._peak if self._peak else None,
             "seconds": seconds,
             "seconds_for_data": self._data,
+            "peak_memory_gb": peak_memory(self._device) / 1e9,
         }
         self.restart(step)
         return row

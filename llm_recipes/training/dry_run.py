@@ -10,6 +10,7 @@ from llm_recipes.checkpoints import manifest, shards, state
 from llm_recipes.checkpoints.saving import Saver
 from llm_recipes.config import CheckpointConfig
 from llm_recipes.errors import UserError
+from llm_recipes.training.clock import peak_memory
 from llm_recipes.training.folder import RunFolder
 from llm_recipes.training.loop import Training, figures, train
 
@@ -64,12 +65,3 @@ def _everything(training: Training) -> list[shards.Piece]:
     model = training.models["policy"].model
     moments, _ = state.optimizer_pieces(model, training.optimizer, is_first=True)
     return state.model_pieces(model, is_first=True) + moments
-
-
-def peak_memory(device: torch.device) -> int:
-    """Peak bytes of this process so far: of the GPU where there is one, else resident."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
