@@ -6,7 +6,6 @@ reads a little HTML in texts.
 
 import html
 import math
-from collections import deque
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -116,16 +115,17 @@ def curve(
 
 
 def running_mean(ys: Sequence[float | None], stretch: int) -> list[float | None]:
-    """At each place the mean of the last `stretch` figures, as far as there are so many."""
-    means: list[float | None] = []
-    window: deque[float] = deque()
+    """At each place the mean of the known figures around it, half a stretch to either side."""
+    sums, counts = [0.0], [0]
     for y in ys:
-        if y is not None:
-            window.append(y)
-        if len(window) > stretch:
-            window.popleft()
-        means.append(None if y is None else math.fsum(window) / len(window))
-    return means
+        sums.append(sums[-1] + (y or 0.0))
+        counts.append(counts[-1] + (y is not None))
+    half = stretch // 2
+    spans = ((max(0, at - half), min(len(ys), at + half + 1)) for at in range(len(ys)))
+    return [
+        None if y is None else (sums[stop] - sums[start]) / (counts[stop] - counts[start])
+        for y, (start, stop) in zip(ys, spans, strict=True)
+    ]
 
 
 def points(xs: Sequence[Any], ys: Sequence[Any], name: str, texts: Sequence[str], marker: dict[str, Any]) -> Trace:

@@ -44,13 +44,12 @@ def run_page(run: Run, language: str) -> Page:
         page.section(say("scores_over_steps"))
         page.figures(scored)
     for suite in dict.fromkeys(suite for each in results.values() for suite in each):
-        page.section(say("tasks_of", suite=suite))
         columns = [
             (say("base") if step == 0 else f"{say('step')} {step:,}", results[step][suite])
             for step in sorted(results) if suite in results[step]
         ]  # fmt: skip
-        task_table(page, columns)
-        _completions(page, suite, columns)
+        task_table(page, suite, columns)
+        _completions(page, columns)
     _events(page, run)
     _made_of(page, run)
     return page
@@ -96,7 +95,7 @@ def _answer(page: Page, run: Run) -> None:
     page.facts([(say(key), value) for key, value in facts.items() if value is not None])
 
 
-def _completions(page: Page, suite: str, columns: list[tuple[str, dict[str, Any]]]) -> None:
+def _completions(page: Page, columns: list[tuple[str, dict[str, Any]]]) -> None:
     """What each prompt was continued with, step by step."""
     say = page.say
     by_prompt: dict[tuple[str, str], list[tuple[str, dict[str, Any]]]] = {}
@@ -123,7 +122,9 @@ def _completions(page: Page, suite: str, columns: list[tuple[str, dict[str, Any]
 
 
 def _per_byte(entry: dict[str, Any]) -> list[Cell | None]:
-    both = number(entry.get("perplexity_per_byte")), number(entry.get("bits_per_byte"))
+    """Perplexity per byte, which is 2 to the bits, and bits per byte."""
+    bits = number(entry.get("bits_per_byte"))
+    both = (None, None) if bits is None else (2**bits, bits)
     return [numeral(None if value is None else figure(value)) for value in both]
 
 

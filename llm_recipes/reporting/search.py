@@ -87,7 +87,7 @@ class Search:
     def verdict(self) -> Verdict:
         return judge(
             [
-                Candidate(self.label(run), scores, self.base_of(run), self._trouble(run, scores))
+                Candidate(self.short_label(run), scores, self.base_of(run), self._trouble(run, scores))
                 for run, scores in zip(self.runs, self.scores, strict=True)
             ],
             self.rule,

@@ -19,15 +19,18 @@ MARKS: dict[str, dict[str, Any]] = {
     "taken": {"symbol": "star", "size": 17, "color": figures.VERMILION},
     "kept": {"symbol": "circle", "color": figures.BLUE},
     "not_kept": {"symbol": "circle-open", "color": figures.FAINT, "line": {"width": 2}},
+    "run": {"symbol": "circle", "color": figures.BLUE},
 }
 
 
 def standing(search: Search, at: int) -> str:
-    """How a run stands to the rule: a key of `MARKS`."""
-    if search.problem is None and search.verdict.winner == at:
+    """How a run stands to the rule: a key of `MARKS`; `run` where nobody can say."""
+    if search.problem is not None:
+        return "run"
+    if search.verdict.winner == at:
         return "taken"
-    out = any(each.key not in ("worse", "equal") for each in search.verdict.reasons[at])
-    return "not_kept" if out or search.problem else "kept"
+    why = {each.key for each in search.verdict.reasons[at]}
+    return "run" if why == {"undecided"} else "kept" if why <= {"worse", "equal"} else "not_kept"
 
 
 def line_colours(search: Search) -> list[str]:
@@ -68,6 +71,8 @@ def _score_figure(search: Search, say: Texts, name: str) -> Named:
     bases = {base[name].value for base in search.bases.values() if name in base}
     spread = begun or places
     ends = [places[0], places[-1]] if axis["type"] == "category" else [min(spread), max(spread)]
+    if len(spread) == 1 and axis["type"] == "linear":
+        ends = [0.9 * ends[0], 1.1 * ends[0]]
     if "range" in axis:
         ends = [10.0**each for each in axis["range"]]
     for value in sorted(bases):

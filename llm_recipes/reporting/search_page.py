@@ -114,7 +114,9 @@ def show_search(search: Search) -> None:
     say = Texts("en", search.examples.values())
     scores = columns_of(search)
     table = Table(title=f"{search.folder}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    has_minimum = "optim.lr" in search.keys
+    has_minimum, several = "optim.lr" in search.keys, len(search.keys) > 1
+    if several:
+        table.add_column("#", justify="right")
     for key in search.keys or [say("run")]:
         table.add_column(escape(key))
     for name in [
@@ -124,12 +126,13 @@ def show_search(search: Search) -> None:
         table.add_column(escape(name).replace(" ", "\n"), justify="right")
     for model, base in search.bases.items():
         first = say("base") if len(search.bases) == 1 else f"{say('base')} {Path(model).name}"
-        cells = [first, *[""] * (len(search.keys) - 1), *(["-"] if has_minimum else [])]
+        cells = [*([""] if several else []), first, *[""] * (len(search.keys) - 1), *(["-"] if has_minimum else [])]
         cells += [figure(base[name].value) if name in base else "-" for name in scores]
         table.add_row(*map(escape, [*cells, "-", "-", "-"]))
     for at, run in enumerate(search.runs):
         own, low, loss = search.scores[at], minimum(run), loss_of(search, run)
-        cells = [shown(setting(run, key)) for key in search.keys] or [run.name]
+        cells = [f"{search.trials[run.name]}"] if several else []
+        cells += [shown(setting(run, key)) for key in search.keys] or [run.name]
         if has_minimum:
             cells.append("-" if low is None else f"{low:.3g}")
         cells += [figure(own[name].value) if name in own else "-" for name in scores]
@@ -224,7 +227,7 @@ def _runs_table(page: Page, search: Search) -> None:
         row += [_score_cell(own.get(name), base.get(name), say) for name in names]
         row += [numeral(None if loss is None else f"{loss:.4f}"), Cell(spikes(run), "number")]
         rows.append([*row, Cell(text(verdict_of(search, at, say)), "long")])
-        kinds.append({"taken": "taken", "not_kept": "out", "kept": ""}[search_figures.standing(search, at)])
+        kinds.append({"taken": "taken", "not_kept": "out"}.get(search_figures.standing(search, at), ""))
     page.table(columns, rows, kinds)
     page.note(say("suites_apart"))
 
@@ -274,5 +277,4 @@ def _task_tables(page: Page, search: Search) -> None:
     ordered = sorted(search.runs, key=lambda run: run is not search.winner)
     models += [(search.label(run), run.results.get(search.step or -1, {})) for run in ordered]
     for suite in dict.fromkeys(suite for _, results in models for suite in results):
-        page.section(say("tasks_of", suite=suite))
-        task_table(page, [(name, results[suite]) for name, results in models if suite in results])
+        task_table(page, suite, [(name, results[suite]) for name, results in models if suite in results])

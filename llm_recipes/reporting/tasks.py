@@ -7,7 +7,7 @@ from llm_recipes.reporting.reading import number
 from llm_recipes.reporting.texts import Texts, figure, share
 
 
-def task_table(page: Page, results: list[tuple[str, dict[str, Any]]]) -> None:
+def task_table(page: Page, suite: str, results: list[tuple[str, dict[str, Any]]]) -> None:
     """A suite's tasks: what they are, and each model's score with its standard error and the share parsed."""
     say = page.say
     rows: list[list[Cell | str | None]] = []
@@ -30,6 +30,9 @@ def task_table(page: Page, results: list[tuple[str, dict[str, Any]]]) -> None:
         means = [number((result.get("groups") or {}).get(group)) for _, result in results]
         shown_means = [numeral(None if mean is None else figure(mean), "", "best") for mean in means]
         rows.append([Cell(text(f"{say('mean')}: {say.word(group)}"), "name"), "", "", "", "", *shown_means])
+    if not rows:  # prompts alone
+        return
+    page.section(say("tasks_of", suite=suite))
     columns = [say(each) for each in ("task", "group", "metric", "shots", "items")] + [name for name, _ in results]
     page.table(columns, rows)
 
@@ -37,7 +40,7 @@ def task_table(page: Page, results: list[tuple[str, dict[str, Any]]]) -> None:
 def _task_cell(entry: dict[str, Any] | None, why: str | None, say: Texts) -> Cell | None:
     score = number(entry.get("score")) if entry else None
     if entry is None or score is None:
-        return Cell(f"{text(say('missing'))}<small>{text(why)}</small>", "number") if why else None
+        return Cell(f"{text(say('missing'))}<small>{text(why)}</small>", "number missing") if why else None
     error, parsed = number(entry.get("standard_error")), number(entry.get("parsed"))
     below = [f"± {error:.4f}"] if error is not None else []
     below += [say("parsed", share=share(parsed))] if parsed is not None else []

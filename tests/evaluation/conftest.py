@@ -7,17 +7,7 @@ import pytest
 
 
 @pytest.fixture
-def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test asks the hub for anything."""
-    import datasets.config
-    import huggingface_hub.constants
-
-    for place in (datasets.config, huggingface_hub.constants):
-        monkeypatch.setattr(place, "HF_HUB_OFFLINE", True)
-
-
-@pytest.fixture
-def measured(no_hub: None) -> Callable[..., dict[str, dict[str, Any]]]:
+def measured() -> Callable[..., dict[str, dict[str, Any]]]:
     """`measured(suite, answer)`: each task's figures by lm-eval's own `evaluate`, and the prompts it asked.
 
     `answer(document)` is the text that is written; for multiple choice, the number of the choice that is likeliest.

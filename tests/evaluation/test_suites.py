@@ -156,6 +156,18 @@ def test_a_digest_is_of_what_scores_depend_on(tmp_path: Path) -> None:
         suites.digest(suites.load("mine"))
 
 
+def test_suite_is_a_key_although_conf_has_such_a_folder() -> None:
+    from llm_recipes.command import read_overrides
+
+    # Hydra would look for a default to replace.
+    assert read_overrides("evaluate", ["suite=mini"]) == ([], {"suite": "mini"})
+    assert read_overrides("evaluate", ["suite=[mini,swallow_ja8]"]) == ([], {"suite": ["mini", "swallow_ja8"]})
+    assert read_overrides("evaluate", ["data.jsquad=a.jsonl"]) == (["++data={jsquad:a.jsonl}"], {})
+    assert read_overrides("pretrain", ["+exp=swallow_mini"]) == (["+exp=swallow_mini"], {})
+    with pytest.raises(UserError, match=r"give several as suite=\[mini,swallow_ja8\]"):
+        read_overrides("evaluate", ["suite=mini,swallow_ja8"])
+
+
 def test_a_verb_is_given_its_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
