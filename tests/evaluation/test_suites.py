@@ -156,25 +156,13 @@ def test_a_digest_is_of_what_scores_depend_on(tmp_path: Path) -> None:
         suites.digest(suites.load("mine"))
 
 
-def test_suite_is_a_key_although_conf_has_such_a_folder() -> None:
-    from llm_recipes.command import read_overrides
-
-    # Hydra would look for a default to replace.
-    assert read_overrides("evaluate", ["suite=mini"]) == ([], {"suite": "mini"})
-    assert read_overrides("evaluate", ["suite=[mini,swallow_ja8]"]) == ([], {"suite": ["mini", "swallow_ja8"]})
-    assert read_overrides("evaluate", ["data.jsquad=a.jsonl"]) == (["++data={jsquad:a.jsonl}"], {})
-    assert read_overrides("pretrain", ["+exp=swallow_mini"]) == (["+exp=swallow_mini"], {})
-    with pytest.raises(UserError, match=r"give several as suite=\[mini,swallow_ja8\]"):
-        read_overrides("evaluate", ["suite=mini,swallow_ja8"])
-
-
-def test_a_verb_is_given_its_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_verb_is_given_its_suite_although_conf_has_such_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
     from llm_recipes.command import run_verb
 
     given = []
     for value, read in (("mini", "mini"), ("[mini,'swallow_ja8']", ["mini", "swallow_ja8"])):
-        monkeypatch.setattr(sys, "argv", ["evaluate", f"suite={value}", "model=models/base"])
-        run_verb("evaluate", lambda config: given.append((config.suite, config.model)))
-        assert given.pop() == (read, "models/base")
+        monkeypatch.setattr(sys, "argv", ["evaluate", f"suite={value}", "data.jsquad=a.jsonl", "model=models/base"])
+        run_verb("evaluate", lambda config: given.append((config.suite, config.data, config.model)))
+        assert given.pop() == (read, {"jsquad": "a.jsonl"}, "models/base")
