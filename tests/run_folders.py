@@ -143,9 +143,9 @@ def job(overrides: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
 
 def search_json(**changes: Any) -> dict[str, Any]:
     return {
-        "experiment": {"run.name": "mine", "exp": ["mine"]}, "keys": ["optim.lr"],
+        "keys": ["optim.lr"],
         "rule": {"best": "japanese", "keep": {"english": 0.05}},
-        "command": "python -m llm_recipes.pretrain -m +exp=mine optim.lr=1e-6,2e-5,6e-5,1e-4", "base_settings": {},
+        "commands": ["python -m llm_recipes.pretrain -m +exp=mine optim.lr=1e-6,2e-5,6e-5,1e-4"], "settings": {},
     } | changes  # fmt: skip
 
 
