@@ -69,7 +69,7 @@ def evaluate(config: EvaluateConfig) -> None:
         measured = [evaluate_model(config, wanted, subject, place) for subject in subjects]
         if place.is_first:
             for number in range(len(wanted)):
-                results.show([each[number] for each in measured], [subject.name for subject in subjects])
+                results.show([each[number] for each in measured])
 
 
 def evaluate_model(

@@ -121,13 +121,12 @@ def metrics_row(result: Result, step: int, consumed_tokens: int | None) -> dict[
     return {"step": step, "consumed_tokens": consumed_tokens, "evaluation": {result["suite"]: scores}}
 
 
-def show(results: Sequence[Result], names: Sequence[str]) -> None:
-    """One suite's results of one or several models as a table, a model to a column; and prompts side by side.
-
-    Args:
-        names: what each model is called.
-    """
+def show(results: Sequence[Result]) -> None:
+    """One suite's results of one or several models as a table, a model to a column; and prompts side by side."""
     first = results[0]
+    title, names = f"suite {first['suite']}", [str(each["model"]) for each in results]
+    if len(names) == 1:
+        title, names = f"{title}: {names[0]}", ["score"]
     tasks = list(dict.fromkeys(name for each in results for name in (*each["tasks"], *each["missing"])))
     rows = []
     for name in tasks:
@@ -143,13 +142,13 @@ def show(results: Sequence[Result], names: Sequence[str]) -> None:
         means = {model: _mean(each, group) for model, each in zip(names, results, strict=True)}
         rows.append(row | means | {"items": "", "shots": None, "parsed": None})
     if rows:
-        show_table(f"suite {first['suite']}", rows, names)
+        show_table(title, rows, names)
     for task, prompts in first.get("prompts", {}).items():
         sides = [each.get("prompts", {}).get(task, []) for each in results]
         if any(len(side) != len(prompts) for side in sides):
             continue
         show_table(
-            task,
+            f"{title}: {task}",
             [
                 {"prompt": prompt["prompt"]}
                 | {

@@ -61,10 +61,17 @@ def load_all(
     for name in data:
         if not any(_takes(suite, name) for suite in suites):
             raise UserError(_no_such_task(name, listed, {task for suite in suites for task in suite.config.tasks}))
-    return [
-        with_options(suite, shots, items, {name: path for name, path in data.items() if _takes(suite, name)})
-        for suite in suites
-    ]
+    named = {name for suite in suites for name in suite.config.tasks}
+
+    def own(suite: Suite) -> dict[str, Any]:
+        """A task of another suite is no new text for this one."""
+        return {
+            name: path
+            for name, path in data.items()
+            if name in suite.config.tasks or (name not in named and _takes(suite, name))
+        }
+
+    return [with_options(suite, shots, items, own(suite)) for suite in suites]
 
 
 def with_options(

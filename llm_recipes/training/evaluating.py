@@ -222,7 +222,7 @@ def _measured(config: EvaluateConfig, wanted: list[Any], subject: Any, place: To
 
     found = evaluate_model(config, wanted, subject, place)
     for each in found if place.is_first else ():
-        results.show([each], [subject.name])
+        results.show([each])
 
 
 def _as_they_come(run: Path, settings: PretrainConfig, place: Topology) -> Iterator[Path]:

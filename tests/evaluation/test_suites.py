@@ -166,3 +166,10 @@ def test_a_verb_is_given_its_suite_although_conf_has_such_a_folder(monkeypatch: 
         monkeypatch.setattr(sys, "argv", ["evaluate", f"suite={value}", "data.jsquad=a.jsonl", "model=models/base"])
         run_verb("evaluate", lambda config: given.append((config.suite, config.data, config.model)))
         assert given.pop() == (read, {"jsquad": "a.jsonl"}, "models/base")
+
+
+def test_local_data_of_another_suites_task_is_no_new_text(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("once")
+    prompts, texts = suites.load_all(["prompts", "bits_per_byte"], data={"prompts": str(tmp_path / "p.txt")})
+    assert prompts.config.tasks["prompts"].path == str(tmp_path / "p.txt")
+    assert "prompts" not in texts.config.tasks
