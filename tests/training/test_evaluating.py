@@ -202,3 +202,19 @@ def test_results_that_another_process_wrote_become_rows_once(tmp_path: Path) -> 
 def test_watch_needs_a_run(place: Path) -> None:
     said = evaluate(place, {"watch": str(place / "nowhere"), "suite": "small"})
     assert said is not None and "no run there" in said
+
+
+def test_training_is_the_same_whether_it_is_measured_or_not(ranks: Any, tiny_models: Any, place: Path) -> None:
+    """Dropout, gradients, the optimizer's state and the order of the data: nothing of it notices."""
+    model = tiny_models["gpt2"]  # which has dropout
+    ranks(2, run, place, tiny.pretrain_config(place, model, run__name="plain", parallel__precision="bf16-mixed"))
+    changes = {"evaluation__suites": ["small"], "evaluation__every": 1, "parallel__precision": "bf16-mixed"}
+    ranks(2, run, place, tiny.pretrain_config(place, model, run__name="measured", **changes))
+    found = {}
+    for name in ("plain", "measured"):
+        logged = [row for row in metrics.read(place / name / "metrics.jsonl") if "lr" in row]
+        found[name] = [(row["step"], row["loss"], row["grad_norm"]) for row in logged]
+    assert len(found["plain"]) == 8 and found["plain"] == found["measured"]
+    last = [place / name / "checkpoints" / "step-00000008" for name in found]
+    one, other = map(tiny.state_of, last)
+    assert one.keys() == other.keys() and all(bool((one[key] == other[key]).all()) for key in one)
