@@ -112,6 +112,9 @@ class Launch:
         if not self.outcomes:
             self.root = Begun.folder
             self._read()
+        if not self.outcomes:
+            print(f"{self.root}: nothing to do, every job was done before", flush=True)
+            return
         show_table(str(self.root), [{"job": name, "": outcome} for name, outcome in self.outcomes.items()])
         print(f"side by side: python -m llm_recipes.report sweep={shlex.quote(str(self.root))}", flush=True)
         failed = [name for name, outcome in self.outcomes.items() if outcome.startswith(jobs.FAILED)]

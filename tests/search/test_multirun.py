@@ -127,6 +127,17 @@ def test_who_is_asked_to_stop_starts_no_other_job(place: Path) -> None:
     assert len(walked(place)) == 2
 
 
+def test_jobs_of_a_cluster_are_placed_marked_and_counted_alike(place: Path) -> None:
+    """submitit runs them in processes of its own: here on this machine, on SLURM as jobs."""
+    cluster = ["hydra/launcher=submitit_local", "hydra.launcher.tasks_per_node=2"]
+    status, out, err = search(place, "optim.min_lr=null", "optim.lr=1e-5,3,2e-5", *cluster)
+    assert status == 2 and "1 of 3 jobs failed (optim.lr=3.0)" in err, err
+    assert "optim.lr=2e-05" in out and mark(place, "mine-search/optim.lr=2e-05")["ranks"] == 2
+    assert sorted(walked(place, 0)) == sorted(walked(place, 1)) and mark(place, "mine-search/optim.lr=3.0")["error"]
+    status, _, err = search(place, "optim.min_lr=null", "optim.lr=1e-5,2e-5", *cluster)
+    assert status == 0 and walked(place) == [], err
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -1,18 +1,18 @@
 """A verb of a test's own, with the configuration of `pretrain`: what it does is chosen by the learning rate."""
 
-import os
 import time
 from pathlib import Path
 
 from llm_recipes.command import run_verb
 from llm_recipes.config import PretrainConfig
 from llm_recipes.errors import UserError
+from llm_recipes.models import topology
 
 MISTAKE, BUG, BUG_OF_RANK_1, ASKED_TO_STOP = 3.0, 4.0, 5.0, 6.0
 
 
 def main(config: PretrainConfig) -> str | None:
-    rank = int(os.environ.get("RANK", 0))
+    rank = topology.launch().rank
     with open(f"walked-{rank}.txt", "a") as file:
         file.write(f"{config.run.dir}/{config.run.name} {config.optim.lr!r}\n")
     if config.optim.lr == MISTAKE:
@@ -30,7 +30,7 @@ def main(config: PretrainConfig) -> str | None:
 def meet(folder: Path, rank: int) -> None:
     """No run ends on one rank before another has begun."""
     (folder / f"here-{rank}").mkdir(parents=True, exist_ok=True)
-    while len(list(folder.glob("here-*"))) < int(os.environ.get("WORLD_SIZE", 1)):
+    while len(list(folder.glob("here-*"))) < topology.launch().ranks:
         time.sleep(0.01)
 
 
