@@ -3,6 +3,9 @@
 from dataclasses import dataclass, field
 
 
+USUAL_KEEP = {"english": 0.05}
+
+
 @dataclass
 class RuleConfig:
     """Which run is the best: the best in one score, of those that keep others.
@@ -12,8 +15,8 @@ class RuleConfig:
     """
 
     best: str = "japanese"
-    keep: dict[str, float] = field(default_factory=lambda: {"english": 0.05})
-    """Share of the base model's score that a run may lose in it, at most."""
+    keep: dict[str, float] | None = None
+    """Share of the base model's score that a run may lose in it, at most. None: english 0.05, of 5%."""
 
 
 @dataclass

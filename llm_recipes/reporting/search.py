@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_recipes.config import ReportConfig, RuleConfig
+from llm_recipes.config.search import USUAL_KEEP
 from llm_recipes.errors import UserError
 from llm_recipes.reporting.reading import Run, base_results, read_json, read_run, run_folders
 from llm_recipes.reporting.rule import Candidate, Rule, Verdict, judge
@@ -226,7 +227,8 @@ def _rule(
     """
     begun = said.get("rule") or {}
     best = config.best or begun.get("best") or RuleConfig().best
-    keep = config.keep or begun.get("keep", RuleConfig().keep)
+    kept_then = begun.get("keep")
+    keep = config.keep or (USUAL_KEEP if kept_then is None else kept_then)
     known: dict[str, Score] = {}
     for model in models_of(runs):
         known |= base_scores(results, runs, model)

@@ -19,6 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from llm_recipes.config import PretrainConfig
+from llm_recipes.config.search import USUAL_KEEP
 from llm_recipes.errors import UserError, as_user_error, first_line
 from llm_recipes.training.folder import MAY_CHANGE, flat
 
@@ -225,7 +226,8 @@ def write_down(job: Job, config: PretrainConfig, command: str) -> None:
     path = job.root / SEARCH
     known = read_json(path)
     keys = sorted({*known.get("keys", []), *job.values})
-    rule = {"best": config.search.rule.best, "keep": dict(config.search.rule.keep)}
+    asked = config.search.rule
+    rule = {"best": asked.best, "keep": USUAL_KEEP if asked.keep is None else dict(asked.keep)}
     commands = [each for each in known.get("commands", []) if each != command] + [command]
     now = {"keys": keys, "rule": rule, "settings": known.get("settings", job.settings), "commands": commands}
     job.root.mkdir(parents=True, exist_ok=True)

@@ -29,6 +29,8 @@ def run(launch: Launch, config: PretrainConfig) -> None:
     if config.dry_run:
         marks = False
     elif job.is_done():
+        if first:
+            jobs.write_down(job, config, launch.command(launch.line))
         launch.add(job, DONE_BEFORE)
         return
     else:

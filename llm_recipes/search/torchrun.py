@@ -73,13 +73,13 @@ class TorchrunJobs:
         """What needs no process to be seen is seen here."""
         if job.config.dry_run:
             raise UserError("dry_run=true: shows one run; leave -m and the searched values out")
+        jobs.write_down(job, job.config, self.launch.command(self.launch.line))
         if job.is_done():
             self.launch.add(job, DONE_BEFORE)
             return False
         if Lock(job.folder).is_taken():
             self.launch.add(job, jobs.FAILED, "another process is writing there")
             return False
-        jobs.write_down(job, job.config, self.launch.command(self.launch.line))
         try:
             self.launch.check(job.config)
         except UserError as error:
