@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 
-
 USUAL_KEEP = {"english": 0.05}
 
 
