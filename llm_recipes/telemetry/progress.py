@@ -5,6 +5,7 @@ import sys
 from collections.abc import Collection
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
@@ -107,6 +108,7 @@ def show_table(title: str, rows: list[dict[str, Any]], names: Collection[str] = 
     if console.is_terminal:
         console.print(table)
     else:
+        table.min_width = cell_len(title)  # which else is broken where the table ends
         show_whole(table)
 
 
