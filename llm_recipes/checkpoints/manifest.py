@@ -104,13 +104,14 @@ def weights_only(folder: Path) -> bool:
         return False
 
 
-def damage(folder: Path, topology: Topology | None = None, run_id: str | None = None) -> str | None:
+def damage(folder: Path, topology: Topology | None = None, run_id: str | None = None, below: str = "") -> str | None:
     """What is wrong with a checkpoint, or None where every file is there with its size and checksum.
 
     The ranks share the reading out; all get the same answer. Without a topology this process reads everything.
 
     Args:
         run_id: the run that it must be of, where that matters.
+        below: only the files whose names begin so.
     """
     rank, ranks = (topology.rank, topology.ranks) if topology else (0, 1)
     step = step_of(folder.with_name(folder.name.removesuffix(PARTIAL)))
@@ -121,7 +122,7 @@ def damage(folder: Path, topology: Topology | None = None, run_id: str | None = 
             mine = f"its manifest is of another run ({content['run']}, not {run_id})"
         elif step >= 0 and content.get("step", step) != step:  # a copy may have any name
             mine = f"its manifest is of step {content['step']}"
-        entries = sorted(content["files"].items())
+        entries = sorted(each for each in content["files"].items() if each[0].startswith(below))
         for name, entry in entries[rank::ranks] if mine is None else ():
             path = folder / name
             if not path.resolve().is_relative_to(folder.resolve()):

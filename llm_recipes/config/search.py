@@ -14,8 +14,8 @@ class RuleConfig:
     """
 
     best: str = "japanese"
-    keep: dict[str, float] | None = None
-    """Share of the base model's score that a run may lose in it, at most. None: english 0.05, of 5%."""
+    keep: dict[str, float] = field(default_factory=dict)
+    """Share of the base model's score that a run may lose in it, at most. Empty: of `english` 0.05, which is 5%."""
 
 
 @dataclass

@@ -13,6 +13,7 @@ import torch
 from llm_recipes.config import EvaluateConfig, ParallelConfig
 from llm_recipes.errors import UserError
 from llm_recipes.models import loading, topology
+from llm_recipes.models.sharding import PRECISIONS
 from llm_recipes.models.topology import Topology
 from llm_recipes.telemetry import progress as terminal
 
@@ -97,9 +98,13 @@ def evaluate_model(
 
     fingerprint = place.on_first(partial(results.fingerprint, subject.folder))
     done: dict[str, dict[str, Any]] = {}
+    precision = place.on_first(partial(models.precision_of, subject, config.dtype, config.trust_remote_code))
+    dtype = str(PRECISIONS[precision].compute).removeprefix("torch.")
     for suite in wanted if not config.overwrite else ():
         digest = place.on_first(partial(suites.digest, suite))
-        there = place.on_first(partial(results.known, subject.results, suite.name, digest, fingerprint))
+        there = place.on_first(
+            partial(results.known, subject.results, suite.name, digest, fingerprint, dtype, config.chat_template)
+        )
         if there is not None:
             lacking = f", without {', '.join(there['missing'])}" if there["missing"] else ""
             log.info("%s: %s is measured already%s (%s); overwrite=true measures it again", subject.name, suite.name,
@@ -115,7 +120,6 @@ def evaluate_model(
         with contextlib.ExitStack() as stack:
             writer = None
             if vllm_engine.wanted(config) and any(tasks.needs_generation(suite) for suite in left):
-                precision = models.precision_of(subject, config.dtype, config.trust_remote_code)
                 writer = stack.enter_context(vllm_engine.opened(subject, precision, config.trust_remote_code))
             for suite in left:
                 log.info("%s: %s", subject.name, suite.name)

@@ -62,7 +62,7 @@ def find(name: str, config: EvaluateConfig) -> Subject:
         weight_files(str(folder))
         own = OUTPUTS / (path.resolve().name if path.is_dir() else name.replace("/", "--"))
         return Subject(name, folder, None, own)
-    problem = manifest.damage(checkpoint)
+    problem = manifest.damage(checkpoint, below="model/")
     if problem is not None:
         raise UserError(f"model={name}: damaged, {problem}; use the one before it")
     kept = checkpoint / "state.json"
@@ -70,7 +70,12 @@ def find(name: str, config: EvaluateConfig) -> Subject:
     step = said.get("step", manifest.read(checkpoint).get("step"))
     own = OUTPUTS / checkpoint.resolve().name
     if checkpoint.resolve().parent.name == "checkpoints" and step is not None:
-        own = checkpoint.resolve().parent.parent / EVALUATIONS / manifest.folder_name(step)
+        run = checkpoint.resolve().parent.parent
+        # What is asked in another way, or of a few items, is no score of the run's.
+        asked = (config.shots, config.items, config.chat_template, config.dtype)
+        is_look = config.watch is None and asked != (None, None, False, "auto")
+        name = manifest.folder_name(step)
+        own = OUTPUTS / f"{run.name}-{name}" if is_look else run / EVALUATIONS / name
     return Subject(name, checkpoint / "model", checkpoint, own, step, said.get("consumed_tokens"))
 
 

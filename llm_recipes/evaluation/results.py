@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,10 @@ from llm_recipes.telemetry.progress import show_table
 
 Result = dict[str, Any]
 NEEDED = ("suite", "suite_digest", "model_fingerprint", "groups", "tasks", "missing")
-OTHER_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+OTHER_FILES = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
 
 
 def group_means(config: SuiteConfig, tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
@@ -76,7 +80,7 @@ def write(folder: Path, result: Result) -> Path:
     """Write a result as a whole, or not at all."""
     make_folder(folder)
     path = path_of(folder, result["suite"])
-    beside = path.with_name(f"{path.name}.partial")
+    beside = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.partial")  # a search's jobs share a base
     beside.write_text(json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(beside, path)
     return path
@@ -98,14 +102,25 @@ def read(path: Path) -> Result:
     return dict(result)
 
 
-def known(folder: Path, suite: str, digest: str, model: str) -> Result | None:
-    """The result that is there already for this suite as it is now, and this model; None where there is none."""
+def known(folder: Path, suite: str, digest: str, model: str, dtype: str, chat_template: bool = False) -> Result | None:
+    """The result that is there already for this suite as it is now, and this model, asked in the same way; None where
+    there is none.
+
+    Args:
+        dtype: that computes, as a result names it.
+        chat_template: whether it is asked through the tokenizer's.
+    """
     path = path_of(folder, suite)
     if not path.is_file():
         return None
     result = read(path)
-    same = result["suite_digest"] == digest and result["model_fingerprint"] == model
-    return result if same else None
+    asked = (
+        result["suite_digest"],
+        result["model_fingerprint"],
+        result.get("dtype"),
+        result.get("chat_template", False),
+    )
+    return result if asked == (digest, model, dtype, chat_template) else None
 
 
 def metrics_row(result: Result, step: int, consumed_tokens: int | None) -> dict[str, Any]:

@@ -69,7 +69,9 @@ def measure(
     prompts: dict[str, list[dict[str, Any]]] = {}
     with _as_lm_eval(suite.config.seed):
         model = LanguageModel(lm, tokenizer, batch_tokens, beat)
-        opened, missing = tasks.open_tasks(suite, tokenizer, model.max_length)
+        # A file or a package may be there on one host and not on another.
+        opened, missing = lm.topology.together(partial(tasks.open_tasks, suite, tokenizer, model.max_length))
+        missing = {name: why for theirs in lm.topology.gather(missing) for name, why in theirs.items()}
         for name, entry in suite.config.tasks.items():
             if name in missing:
                 continue
@@ -111,6 +113,7 @@ def measure(
         "harness": f"lm-eval {importlib.metadata.version('lm_eval')}",
         "engine": "transformers" if writer is None else "transformers, vllm",
         "dtype": str(lm.precision.compute).removeprefix("torch."),
+        "chat_template": chat_template,
         "seconds": time.monotonic() - started,
         "time": time.time(),
         "devices": lm.topology.ranks,

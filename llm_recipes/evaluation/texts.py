@@ -3,6 +3,7 @@
 import json
 import math
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def bits_per_byte(model: LanguageModel, name: str, task: TaskConfig, trust_remot
                 input=task.path, output=path, tokenizer=model.tokenizer.name_or_path, text_key=task.text_key,
                 workers=1, trust_remote_code=trust_remote_code,
             )  # fmt: skip
-            tokenizing.tokenize(settings, Console(quiet=True))
+            model.topology.together(partial(tokenizing.tokenize, settings, Console(quiet=True)))
         held_out = open_held_out(model, name, path)
         asked = []
         for number in range(len(held_out)):

@@ -6,6 +6,7 @@ from llm_recipes.checkpoints.shards import NAMED_DTYPES
 from llm_recipes.config import PlanConfig
 from llm_recipes.models.sharding import PRECISIONS
 from llm_recipes.planning.sizes import Sizes
+from llm_recipes.training.evaluating import due
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,7 @@ class Disk:
 
     Attributes:
         model, optimizer: of one checkpoint.
-        kept_for_good: how many checkpoints keep their weights (`checkpoint.keep_every`).
+        kept_for_good: how many checkpoints keep their weights (`checkpoint.keep_every`, `evaluation`).
         kept_weights: of one of these.
         most: what the run has on disk at most, while its last checkpoint is written.
         seconds: to write a checkpoint.
@@ -37,10 +38,12 @@ def disk(config: PlanConfig, sizes: Sizes, steps: int) -> Disk:
     stored = PRECISIONS[config.parallel.precision].storage.itemsize
     model, optimizer = stored * sizes.numbers, 2 * stored * sizes.trained
     keeping = config.checkpoint
-    saved = [*range(keeping.every, steps, keeping.every), steps]
+    evaluated = [each for each in range(1, steps) if due(config.evaluation, each, steps)]
+    saved = sorted({*range(keeping.every, steps, keeping.every), *evaluated, steps})
     newest = len(saved) if keeping.keep is None else min(keeping.keep, len(saved))
     old = saved[: len(saved) - newest]
-    good = len([each for each in old if keeping.keep_every is not None and each % keeping.keep_every == 0])
+    every = keeping.keep_every
+    good = len([each for each in old if (every and each % every == 0) or due(config.evaluation, each, steps)])
     dtype = keeping.keep_every_dtype
     weights = sizes.numbers * (stored if dtype is None else NAMED_DTYPES[dtype].itemsize)
     # A new one is written before the oldest of the newest goes.

@@ -120,9 +120,11 @@ class Run:
 
     @cached_property
     def status(self) -> str:
-        """`done`, `failed`, `stopped` or `running`: as the search wrote it, or as the run's last word has it."""
+        """`done`, `failed`, `stopped` or `running`: as the search wrote it, or as the run's own word has it where that
+        came later (its command may have been given alone since)."""
         said = self.job.get("status")
-        if said:
+        marked = self.job.get("ended") or self.job.get("started") or math.inf
+        if said and not any(each["event"] in ("start", "finish") and each["time"] > marked for each in self.events):
             return str(said)
         if not self.events and self.stop is not None and self.last_step >= self.stop:
             return "done"

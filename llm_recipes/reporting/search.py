@@ -227,8 +227,7 @@ def _rule(
     """
     begun = said.get("rule") or {}
     best = config.best or begun.get("best") or RuleConfig().best
-    kept_then = begun.get("keep")
-    keep = config.keep or (USUAL_KEEP if kept_then is None else kept_then)
+    keep = config.keep or begun.get("keep") or USUAL_KEEP
     known: dict[str, Score] = {}
     for model in models_of(runs):
         known |= base_scores(results, runs, model)

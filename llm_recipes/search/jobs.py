@@ -227,7 +227,7 @@ def write_down(job: Job, config: PretrainConfig, command: str) -> None:
     known = read_json(path)
     keys = sorted({*known.get("keys", []), *job.values})
     asked = config.search.rule
-    rule = {"best": asked.best, "keep": USUAL_KEEP if asked.keep is None else dict(asked.keep)}
+    rule = {"best": asked.best, "keep": dict(asked.keep) or USUAL_KEEP}
     commands = [each for each in known.get("commands", []) if each != command] + [command]
     now = {"keys": keys, "rule": rule, "settings": known.get("settings", job.settings), "commands": commands}
     job.root.mkdir(parents=True, exist_ok=True)

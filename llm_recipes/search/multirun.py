@@ -8,6 +8,7 @@ job is marked, the launch ends, and the same command goes on with what is missin
 import gc
 import os
 import sys
+import time
 import traceback
 
 from llm_recipes.config import PretrainConfig
@@ -16,6 +17,8 @@ from llm_recipes.models import topology
 from llm_recipes.search import jobs
 from llm_recipes.search.launch import DONE_BEFORE, Launch
 from llm_recipes.training.lock import Lock
+
+SECONDS_FOR_RANK_0 = 20
 
 
 def run(launch: Launch, config: PretrainConfig) -> None:
@@ -63,15 +66,25 @@ def _failed(launch: Launch, job: jobs.Job, error: Exception, marks: bool, dry_ru
     launch.add(job, jobs.FAILED, said)
     alike = me.ranks == 1 or (mistake is not None and mistake.everywhere)
     where = "" if alike else f"rank {me.rank}: "
+    if not (marks or alike or dry_run):
+        _wait_for_first(job)
     if marks or not (alike or dry_run):
         job.mark(jobs.FAILED, error=where + said, **launch.facts(job))
     if me.rank == 0 or not alike:
         print(f"error: {where}{said}", file=sys.stderr, flush=True)
     if not alike:
         sys.stdout.flush()
+        topology.forbid_restart()
         os._exit(
             EXIT_STATUS
         )  # the others may wait in a collective, and this one in its teardown: the launcher ends all
+
+
+def _wait_for_first(job: jobs.Job) -> None:
+    """Until the first rank has marked the job as running: its mark would else stand over this rank's."""
+    deadline = time.monotonic() + SECONDS_FOR_RANK_0
+    while job.read().get("status") != jobs.RUNNING and time.monotonic() < deadline:
+        time.sleep(0.1)
 
 
 def _free() -> None:

@@ -78,7 +78,7 @@ class TorchrunJobs:
             self.launch.add(job, DONE_BEFORE)
             return False
         if Lock(job.folder).is_taken():
-            self.launch.add(job, jobs.FAILED, "another process is writing there")
+            self.launch.add(job, jobs.RUNNING, "another process is writing there")
             return False
         try:
             self.launch.check(job.config)
@@ -108,8 +108,12 @@ class TorchrunJobs:
         print(f"{total} jobs to run, {len(self.slots)} at once", flush=True)
         while running or (waiting and self.asked is None):
             for slot, devices in enumerate(self.slots):
-                if slot not in running and waiting and self.asked is None:
-                    running[slot] = Torchrun(self.launch, waiting.pop(0), self.ranks, devices, self.arguments)
+                while slot not in running and waiting and self.asked is None:
+                    job = waiting.pop(0)
+                    if not self._is_to_run(job):  # by now another launch may have come to it
+                        total -= 1
+                        continue
+                    running[slot] = Torchrun(self.launch, job, self.ranks, devices, self.arguments)
                     running[slot].prefix = f"[{running[slot].job.name}] " if len(self.slots) > 1 else ""
             if self.asked is not None and not told:
                 told = True

@@ -5,6 +5,7 @@ file in the run's `evaluations/`, whoever writes it; it becomes a row of the run
 looks, or, when the run has ended, at once.
 """
 
+import contextlib
 import dataclasses
 import logging
 import time
@@ -20,6 +21,7 @@ from llm_recipes.errors import UserError
 from llm_recipes.evaluation.evaluate import evaluate_model, need_lm_eval, started
 from llm_recipes.evaluation.models import EVALUATIONS
 from llm_recipes.models.causal import CausalLM
+from llm_recipes.models.sharding import PRECISIONS
 from llm_recipes.models.topology import Topology
 from llm_recipes.telemetry import metrics
 from llm_recipes.telemetry.metrics import Metrics
@@ -31,6 +33,8 @@ log = logging.getLogger(__name__)
 
 LOOKS_EVERY = 10.0
 """Seconds between two looks at a run that is watched."""
+LOOKS_AGAIN = 0.5
+"""Seconds between two looks at one that has ended and is about to leave."""
 Write = Callable[[dict[str, Any]], None]
 Beat = Callable[[str], None]
 
@@ -117,11 +121,28 @@ class Evaluator:
                 self._measure(lm, suite, where, about | {"consumed_tokens": consumed_tokens}, beat)
         self.collect()
 
+    def say_missing(self, step: int) -> None:
+        """Name what can only be measured by another process now: the base, and steps that lie behind."""
+        if not (self.suites and self.place.is_first):
+            return
+        asked = f"suite=[{','.join(suite.name for suite in self.suites)}]"
+        scored = {at for at, _ in self._inbox.rows}
+        behind = [at for at in self.config.evaluation.at_steps if at < step and at not in scored]
+        base = self.config.evaluation.base and self.config.model.init == "pretrained" and 0 not in scored
+        if base or behind:
+            what = [*(["the base model"] if base else []), *(f"step {at}" for at in behind)]
+            log.warning(
+                "not measured: %s; python -m llm_recipes.evaluate watch=%s %s measures what is still there",
+                ", ".join(what), self.folder.path, asked,
+            )  # fmt: skip
+
     def lacks(self, step: int, horizon: int) -> bool:
         """Whether a step's checkpoint is to be measured here, and has not been; the same on every rank."""
         where = self.folder.path / EVALUATIONS / manifest.folder_name(step)
         checkpoint = self.folder.checkpoints / manifest.folder_name(step)
-        if not (self.suites and due(self.config.evaluation, step, horizon) and (checkpoint / "model").is_dir()):
+        if not (self.suites and due(self.config.evaluation, step, horizon)):
+            return False
+        if not self.place.on_first((checkpoint / "model").is_dir):
             return False
         mark = self._fingerprint(checkpoint / "model")
         return any(self._known(where, suite, mark) is None for suite in self.suites)
@@ -140,7 +161,8 @@ class Evaluator:
         from llm_recipes.evaluation import results, suites
 
         def look() -> dict[str, Any] | None:
-            return results.known(where, suite.name, suites.digest(suite), mark)
+            dtype = str(PRECISIONS[self.config.parallel.precision].compute).removeprefix("torch.")
+            return results.known(where, suite.name, suites.digest(suite), mark, dtype)
 
         found: dict[str, Any] | None = self.place.on_first(look)
         return found
@@ -162,11 +184,12 @@ class Inbox:
     def __init__(self, run: Path, write: Write) -> None:
         self._run, self._write = run, write
         self._seen: dict[str, float] = {}
-        self._rows: dict[tuple[int, str], Any] = {}
+        self.rows: dict[tuple[int, str], Any] = {}
+        """Scores that the metrics have, by step and suite."""
         path = run / "metrics.jsonl"
         for row in metrics.lines(path) if path.is_file() else []:
             for suite, scores in row.get("evaluation", {}).items():
-                self._rows[row["step"], suite] = scores
+                self.rows[row["step"], suite] = scores
 
     def take(self, result: dict[str, Any], step: int, consumed_tokens: int | None) -> None:
         """Write a result's row, if it says anything new."""
@@ -174,8 +197,8 @@ class Inbox:
 
         row = results.metrics_row(result, step, consumed_tokens)
         ((suite, scores),) = row["evaluation"].items()
-        if self._rows.get((step, suite)) != scores:
-            self._rows[step, suite] = scores
+        if self.rows.get((step, suite)) != scores:
+            self.rows[step, suite] = scores
             self._write(row)
 
     def look(self) -> None:
@@ -210,11 +233,30 @@ def watch(config: EvaluateConfig) -> None:
         if settings.evaluation.base and settings.model.init == "pretrained":
             base = place.on_first(partial(models.find, settings.model.path, config))
             where = run.parent / "base" / place.on_first(partial(results.fingerprint, base.folder))
-            _measured(config, wanted, dataclasses.replace(base, results=where), place)
+            dtype = str(PRECISIONS[settings.parallel.precision].compute).removeprefix("torch.")  # as the checkpoints
+            own = dataclasses.replace(config, dtype=dtype if config.dtype == "auto" else config.dtype)
+            _measured(own, wanted, dataclasses.replace(base, results=where), place)
         for checkpoint in _as_they_come(run, settings, place):
-            subject = place.on_first(partial(models.find, str(checkpoint), config))
-            _measured(config, wanted, subject, place)
+            changed = place.on_first(partial(_changed, checkpoint))
+            if changed is None:
+                log.warning("%s is gone before it was measured (checkpoint.keep); name it in evaluation", checkpoint)
+                continue
+            try:
+                _measured(config, wanted, place.on_first(partial(models.find, str(checkpoint), config)), place)
+            except UserError:
+                if place.on_first(partial(_changed, checkpoint)) == changed:
+                    raise
+                # Of an old checkpoint the run keeps the weights alone, and did so as we read it.
+                _measured(config, wanted, place.on_first(partial(models.find, str(checkpoint), config)), place)
             place.on_first(lambda: _hand_over(run, settings))
+        place.on_first(lambda: _hand_over_the_rest(run, settings))
+
+
+def _changed(checkpoint: Path) -> int | None:
+    """When a checkpoint was last changed; None where it is gone."""
+    with contextlib.suppress(OSError):
+        return (checkpoint / manifest.MANIFEST).stat().st_mtime_ns
+    return None
 
 
 def _measured(config: EvaluateConfig, wanted: list[Any], subject: Any, place: Topology) -> None:
@@ -227,11 +269,11 @@ def _measured(config: EvaluateConfig, wanted: list[Any], subject: Any, place: To
 
 def _as_they_come(run: Path, settings: PretrainConfig, place: Topology) -> Iterator[Path]:
     """The checkpoints of a run that are to be measured, oldest first, on every rank."""
-    done: set[str] = set()
+    done: set[tuple[str, str]] = set()
     while True:
         found, ended = place.on_first(partial(_there, run, settings))
-        new = [path for path in found if path.name not in done]
-        done |= {path.name for path in new}
+        new = [path for path, weights in found if (path.name, weights) not in done]
+        done |= {(path.name, weights) for path, weights in found}
         yield from new
         if not new and ended:
             return
@@ -239,15 +281,22 @@ def _as_they_come(run: Path, settings: PretrainConfig, place: Topology) -> Itera
             time.sleep(LOOKS_EVERY)
 
 
-def _there(run: Path, settings: PretrainConfig) -> tuple[list[Path], bool]:
-    """The checkpoints that are to be measured and there by now; whether the run has ended."""
+def _there(run: Path, settings: PretrainConfig) -> tuple[list[tuple[Path, str]], bool]:
+    """The checkpoints that are to be measured and there by now, with what their weights are known by (after a rollback
+    a step comes a second time); whether the run has ended."""
+    from llm_recipes.evaluation import results
+
     ended = _has_ended(run)  # before the look: what came in between is found by it
     found = list(reversed(manifest.checkpoints(run / "checkpoints")))
     evaluation = settings.evaluation
     if evaluation.at_steps or evaluation.every or evaluation.suites:
         horizon = settings.train.steps or (manifest.step_of(found[-1]) if ended and found else -1)
         found = [path for path in found if due(evaluation, manifest.step_of(path), horizon)]
-    return found, ended
+    known = []
+    for path in found:
+        with contextlib.suppress(OSError, ValueError, KeyError):  # it goes as we look
+            known.append((path, results.fingerprint(path / "model")))
+    return known, ended
 
 
 def _has_ended(run: Path) -> bool:
@@ -256,6 +305,14 @@ def _has_ended(run: Path) -> bool:
     rows = metrics.lines(path) if path.is_file() else []
     told = [row["event"] for row in rows if row.get("event") in ("start", "finish", "stop", "error", "stall")]
     return told[-1:] == ["finish"]
+
+
+def _hand_over_the_rest(run: Path, settings: PretrainConfig) -> None:
+    """What came after the run's last look, and before it had left its folder."""
+    lock = Lock(run)
+    while _has_ended(run) and lock.is_taken():
+        time.sleep(LOOKS_AGAIN)
+    _hand_over(run, settings)
 
 
 def _hand_over(run: Path, settings: PretrainConfig) -> None:

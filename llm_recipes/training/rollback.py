@@ -7,6 +7,7 @@ that was given up.
 
 import json
 import os
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_recipes.checkpoints import manifest, retention
+from llm_recipes.evaluation.models import EVALUATIONS
 from llm_recipes.errors import UserError
 from llm_recipes.training.guard import LeftOut
 
@@ -95,13 +97,14 @@ def given_up(root: Path, account: Sequence[Rollback]) -> list[Path]:
 
 
 def sweep(root: Path, account: Sequence[Rollback]) -> None:
-    """Remove them: a run that crashed would go on from the newest.
+    """Remove them, and what they scored: a run that crashed would go on from the newest.
 
     Raises:
         OSError: one cannot be removed.
     """
     for folder in given_up(root, account):
         retention.remove(folder)
+        shutil.rmtree(root.parent / EVALUATIONS / folder.name, ignore_errors=True)
 
 
 def target(root: Path, trouble: Sequence[LeftOut]) -> list[Path]:

@@ -112,8 +112,10 @@ class Trainer:
                 if fresh:
                     self._validate()
                     self.evaluator.of_base(self.lm, watch.beat)
-                elif self.evaluator.lacks(training.progress.step, self.horizon):
-                    self._evaluate()
+                else:
+                    self.evaluator.say_missing(training.progress.step)
+                    if self.evaluator.lacks(training.progress.step, self.horizon):
+                        self._evaluate()
                 why = None
                 while training.progress.step < self.stop and why is None:
                     why = self._steps()

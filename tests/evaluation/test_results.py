@@ -1,6 +1,7 @@
 """A result: no mean over what is missing, whole files or none, and what it says in a run's metrics."""
 
 import json
+import multiprocessing
 import shutil
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,12 @@ def task(score: float, error: float | None = None) -> dict[str, Any]:
     return {"score": score, "standard_error": error}
 
 
+DTYPE = "float32"
+
+
 def result(**changes: Any) -> dict[str, Any]:
     own = {"suite": "mine", "suite_digest": "d", "model_fingerprint": "f", "groups": {"japanese": None}, "missing": {}}
+    own |= {"dtype": DTYPE, "chat_template": False}
     return own | {"tasks": {"one": task(0.25, 0.0), "text": task(1.5)}} | changes
 
 
@@ -41,10 +46,12 @@ def test_a_result_comes_back_for_its_own_suite_and_model_only(tmp_path: Path) ->
     path = results.write(tmp_path / "new" / "folder", result())
     assert results.read(path) == result()
     assert [each.name for each in path.parent.iterdir()] == ["mine.json"]
-    assert results.known(path.parent, "mine", "d", "f") == result()
-    assert results.known(path.parent, "mine", "other", "f") is None
-    assert results.known(path.parent, "mine", "d", "other") is None
-    assert results.known(path.parent, "another", "d", "f") is None
+    assert results.known(path.parent, "mine", "d", "f", DTYPE) == result()
+    assert results.known(path.parent, "mine", "d", "f", "another") is None
+    assert results.known(path.parent, "mine", "d", "f", DTYPE, chat_template=True) is None
+    assert results.known(path.parent, "mine", "other", "f", DTYPE) is None
+    assert results.known(path.parent, "mine", "d", "other", DTYPE) is None
+    assert results.known(path.parent, "another", "d", "f", DTYPE) is None
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"suite": "mine"}', '{"tasks": null'])
@@ -87,3 +94,19 @@ def test_a_models_fingerprint_is_of_its_contents(tiny_models: dict[str, Path], t
     content[-1] ^= 1
     weights.write_bytes(content)
     assert results.fingerprint(folder) != same
+
+
+def write_often(folder: Path) -> None:
+    for _ in range(200):
+        results.write(folder, {"suite": "small", "filling": "x" * 20_000})
+
+
+def test_two_jobs_that_measure_one_base_do_not_meet_in_a_file(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=write_often, args=(tmp_path,)) for _ in range(2)]
+    for each in writers:
+        each.start()
+    for each in writers:
+        each.join()
+    assert [each.exitcode for each in writers] == [0, 0]
+    assert [path.name for path in tmp_path.iterdir()] == ["small.json"]

@@ -3,6 +3,8 @@
 import contextlib
 import json
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 from llm_recipes.config import EvaluationConfig
 from llm_recipes.telemetry import metrics
 from llm_recipes.training.evaluating import Inbox, due
+from llm_recipes.training.lock import Lock
 
 Workplace = Callable[[str], Path]
 SUITE = """
@@ -140,6 +143,58 @@ def test_the_base_is_measured_once_for_all_runs_of_a_folder(ranks: Any, tiny_mod
     assert len(list((place / "base").iterdir())) == 2, "another model has a place of its own"
 
 
+def test_what_comes_between_a_runs_last_look_and_its_end_is_handed_over(
+    ranks: Any, tiny_models: Any, place: Path
+) -> None:
+    config = tiny.pretrain_config(place, tiny_models["mistral"], **SMALL, evaluation__where="elsewhere")
+    assert ranks(1, run, place, config) == [None]
+    lock = Lock(place / "run")
+    lock.take()  # the run has said that it has ended, and still holds its folder
+
+    def leave() -> None:
+        while not (place / "run" / "evaluations" / "step-00000008" / "small.json").exists():
+            time.sleep(0.1)
+        time.sleep(0.3)
+        lock.release()
+
+    leaving = threading.Thread(target=leave)
+    leaving.start()
+    assert ranks(1, evaluate, place, {"watch": str(place / "run"), "suite": ["small"]}) == [None]
+    leaving.join()
+    assert set(rows(place)) == {(2, "small"), (8, "small")}
+
+
+def retire_after_the_first(folder: Path, keys: dict[str, Any]) -> str | None:
+    """The verb, beside a run whose retention takes a checkpoint that was to come next."""
+    from llm_recipes.training import evaluating
+
+    real = evaluating._measured
+
+    def measured(config: Any, wanted: Any, subject: Any, place: Any) -> None:
+        real(config, wanted, subject, place)
+        shutil.rmtree(folder / "run" / "checkpoints" / "step-00000004", ignore_errors=True)
+
+    evaluating._measured = measured
+    try:
+        return evaluate(folder, keys)
+    finally:
+        evaluating._measured = real
+
+
+def test_a_checkpoint_that_goes_before_it_is_measured_is_no_end(ranks: Any, tiny_models: Any, place: Path) -> None:
+    config = tiny.pretrain_config(place, tiny_models["mistral"], checkpoint__every=2, checkpoint__keep=None)
+    assert ranks(1, run, place, config) == [None]
+    assert ranks(1, retire_after_the_first, place, {"watch": str(place / "run"), "suite": ["small"]}) == [None]
+    assert {step for step, _ in rows(place)} == {2, 6, 8}
+
+
+def test_a_model_asked_in_another_way_is_measured_again(ranks: Any, tiny_models: Any, place: Path) -> None:
+    keys = dict_of(model=str(tiny_models["mistral"]), suite="small", output=str(place / "own"))
+    for dtype in ("float32", "bfloat16"):
+        assert ranks(1, evaluate, place, {**keys, "dtype": dtype}) == [None]
+        assert json.loads((place / "own" / "small.json").read_text())["dtype"] == dtype
+
+
 def test_what_was_not_measured_before_a_crash_is_measured_by_the_same_command(
     ranks: Any, tiny_models: Any, place: Path
 ) -> None:
@@ -215,6 +270,9 @@ def test_training_is_the_same_whether_it_is_measured_or_not(ranks: Any, tiny_mod
         logged = [row for row in metrics.read(place / name / "metrics.jsonl") if "lr" in row]
         found[name] = [(row["step"], row["loss"], row["grad_norm"]) for row in logged]
     assert len(found["plain"]) == 8 and found["plain"] == found["measured"]
+    kinds = ["evaluation" if "evaluation" in row else "lr" if "lr" in row else "" for row in metrics.lines(
+        place / "measured" / "metrics.jsonl")]  # fmt: skip
+    assert kinds.index("evaluation") < kinds.index("lr"), "the base is measured before anything is done to it"
     last = [place / name / "checkpoints" / "step-00000008" for name in found]
     one, other = map(tiny.state_of, last)
     assert one.keys() == other.keys() and all(bool((one[key] == other[key]).all()) for key in one)
