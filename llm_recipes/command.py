@@ -94,6 +94,8 @@ def read_overrides(verb: str, arguments: list[str]) -> tuple[list[str], dict[str
         if argument.startswith("-") or groups or not (equals or argument.startswith("~")):
             result.append(argument)
             continue
+        if "=" in value and re.fullmatch(r"[^'\"\[\]{}()\s]+", value):
+            argument = f'{argument.partition("=")[0]}="{value}"'  # a folder of a search: outputs/mine-lr/optim.lr=1e-05
         try:
             sweeps = OverridesParser.create().parse_override(argument).is_sweep_override()
         except HydraException:
@@ -104,6 +106,9 @@ def read_overrides(verb: str, arguments: list[str]) -> tuple[list[str], dict[str
         problem, free = find_key(verb, key)
         if problem is not None:
             raise UserError(problem)
+        searches = {"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments)
+        if sweeps and not searches and not _is_folder(key):
+            raise UserError(f"{argument}: several values, each a run of its own, need -m; a list is {key}=[{value}]")
         if free == key.count(".") + 1 and (argument.startswith("~") or value == "{}"):
             afterwards[key] = "{}"
         elif _is_folder(key):
@@ -173,8 +178,19 @@ def explain(error: BaseException, verb: str) -> str:
 
 def empty_keys(composed: DictConfig) -> set[str]:
     """Paths and names that were given as nothing (`model.path=`)."""
-    named = ("model", "corpus", "model.path", "run.name", "run.dir", "tokenizer", "input", "output", "checkpoint")
-    return {key for key in named if OmegaConf.select(composed, key, throw_on_missing=False) == ""}
+    named = (
+        "model", "corpus", "model.path", "run.name", "run.dir", "tokenizer", "input", "output", "checkpoint", "suite",
+        "run", "sweep", "runs", "watch",
+    )  # fmt: skip
+    given = OmegaConf.to_container(composed, resolve=False)
+    assert isinstance(given, dict)
+    return {key for key in named if _value(given, key) == ""}
+
+
+def _value(given: Any, key: str) -> Any:
+    for name in key.split("."):
+        given = given.get(name) if isinstance(given, dict) else None
+    return given
 
 
 def _is_text(path: Path) -> bool:

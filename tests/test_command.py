@@ -52,7 +52,18 @@ def test_an_unknown_key_names_the_nearest(argument: str, said: str) -> None:
     ],
 )
 def test_entries_of_a_dictionary_are_given_like_any_key(argument: str, handed: str) -> None:
-    assert read_overrides("pretrain", [argument]) == ([handed], {})
+    assert read_overrides("pretrain", ["-m", argument]) == (["-m", handed], {})
+
+
+def test_several_values_are_a_search_and_only_there() -> None:
+    with pytest.raises(UserError, match=r"need -m; a list is optim.lr=\[1e-5,2e-5\]"):
+        read_overrides("pretrain", ["optim.lr=1e-5,2e-5"])
+
+
+def test_the_folder_of_a_search_s_job_needs_no_quotes() -> None:
+    folder = "outputs/mine-lr/optim.lr=1e-05,train.seed=1"
+    assert read_overrides("report", [f"run={folder}"]) == ([f'run="{folder}"'], {})
+    assert read_overrides("evaluate", [f'model="{folder}"']) == ([f'model="{folder}"'], {})
 
 
 def test_a_dictionary_can_be_emptied() -> None:

@@ -38,12 +38,14 @@ def started(config: EvaluateConfig) -> Iterator[tuple[list[Any], Topology]]:
         UserError: a suite that will not do, or something that is not installed.
     """
     need_lm_eval()
-    from llm_recipes.evaluation import suites, vllm_engine  # they import lm-eval, which is an extra
+    from llm_recipes.evaluation import suites, tasks, vllm_engine  # they import lm-eval, which is an extra
 
     me = topology.launch()
     terminal.start_logging(me.rank == 0)
     loading.quiet_libraries()
     wanted = suites.load_all(config.suite, config.shots, config.items, config.data)
+    for suite in wanted:
+        tasks.needs_generation(suite)  # which knows every task by its name, before a model is loaded
     vllm_engine.wanted(config)
     place = topology.start(ParallelConfig(sharding=config.sharding))
     try:
@@ -127,6 +129,9 @@ def evaluate_model(
                     lm, tokenizer, suite, beat=beat, batch_tokens=config.batch_tokens, writer=writer,
                     chat_template=config.chat_template, trust_remote_code=config.trust_remote_code,
                 )  # fmt: skip
+                if not (measured["tasks"] or measured["prompts"]):
+                    why = "; ".join(f"{name}: {reason}" for name, reason in measured["missing"].items())
+                    raise UserError(f"suite={suite.name}: nothing in it can be measured ({why or 'it holds no task'})")
                 result = measured | models.about(subject, fingerprint)
                 path = place.on_first(partial(results.write, subject.results, result))
                 log.info("%s: %s after %s", subject.name, path, terminal.duration(result["seconds"]))

@@ -93,6 +93,8 @@ def measure(
                         figures = _run(by, name, opened[name], chat_template, lm.topology.is_first)
                         scored[name] = _lm_eval(figures, name, opened[name], entry.group)
             except Exception as error:  # whatever a task's own code makes of its data: the others shall not be lost
+                if isinstance(error, UserError) and entry.kind != "lm_eval":
+                    raise  # a file that the user has named
                 if getattr(by, "failure", None) is not None or isinstance(error, torch.OutOfMemoryError):
                     raise
                 missing[name] = str(error) if isinstance(error, UserError) else first_line(error)

@@ -48,7 +48,10 @@ def bits_per_byte(model: LanguageModel, name: str, task: TaskConfig, trust_remot
                 input=task.path, output=path, tokenizer=model.tokenizer.name_or_path, text_key=task.text_key,
                 workers=1, trust_remote_code=trust_remote_code,
             )  # fmt: skip
-            model.topology.together(partial(tokenizing.tokenize, settings, Console(quiet=True)))
+            try:
+                model.topology.together(partial(tokenizing.tokenize, settings, Console(quiet=True)))
+            except UserError as error:  # which way out another verb would have is no help here
+                raise UserError(str(error).partition("; on_error=skip")[0]) from error
         held_out = open_held_out(model, name, path)
         asked = []
         for number in range(len(held_out)):

@@ -128,8 +128,10 @@ def plan(config: PlanConfig) -> None:
     Raises:
         UserError: what a run would refuse, a device that is not known, a model of which there is not even a shape.
     """
-    if config.output is not None and (Path(config.output).is_dir() or not Path(config.output).parent.is_dir()):
-        raise UserError(f"output={config.output}: no file can be there; name one in a folder that exists")
+    if config.output is not None:
+        file = Path(config.output)
+        if file.is_dir() or not file.parent.is_dir():
+            raise UserError(f"output={file}: no file can be there; name one in a folder that exists")
     loading.quiet_libraries()
     found, source = rows(config)
     first = found[0]
@@ -156,7 +158,10 @@ def plan(config: PlanConfig) -> None:
             )
     console.print("\n".join(f"- {each}" for each in notes(config, found)), markup=False)
     if config.output is not None:
-        write(Path(config.output), found, source)
+        try:
+            write(Path(config.output), found, source)
+        except OSError as error:
+            raise UserError(f"output={config.output}: cannot be written ({error.strerror})") from error
 
 
 def _room(row: Row) -> dict[str, Any]:

@@ -105,7 +105,7 @@ class TorchrunJobs:
     def _go(self, waiting: list[jobs.Job]) -> None:
         running: dict[int, Torchrun] = {}
         total, ended, started, told = len(waiting), 0, time.monotonic(), False
-        print(f"{total} jobs to run, {len(self.slots)} at once", flush=True)
+        print(f"{total} jobs to run, {len(self.slots)} at once" if total else "nothing to run", flush=True)
         while running or (waiting and self.asked is None):
             for slot, devices in enumerate(self.slots):
                 while slot not in running and waiting and self.asked is None:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from llm_recipes.checkpoints import manifest, retention
-from llm_recipes.evaluation.models import EVALUATIONS
 from llm_recipes.errors import UserError
+from llm_recipes.evaluation.models import EVALUATIONS
 from llm_recipes.training.guard import LeftOut
 
 

@@ -280,11 +280,16 @@ def checkpoint_of(folder: Path, model: Path, step: int) -> Path:
 
 def test_a_checkpoints_results_lie_in_its_run(place: Path, tmp_path: Path, ranks: Ranks) -> None:
     checkpoint = checkpoint_of(tmp_path, place / "model", 20)
-    ranks(1, evaluate_in, place, {"model": str(checkpoint), "suite": "mine", "items": 2})
+    ranks(1, evaluate_in, place, {"model": str(checkpoint), "suite": "mine"})
     result = results.read(tmp_path / "run" / "evaluations" / "step-00000020" / "mine.json")
     assert (result["step"], result["consumed_tokens"], result["dtype"]) == (20, 640, "float32")
     row = results.metrics_row(result, 20, 640)
     assert row["evaluation"]["mine"]["tasks"] == {name: each["score"] for name, each in result["tasks"].items()}
+    # A look at a few items is no score of the run's.
+    ranks(1, evaluate_in, place, {"model": str(checkpoint), "suite": "mine", "items": 2})
+    assert results.read(tmp_path / "run" / "evaluations" / "step-00000020" / "mine.json") == result
+    look = results.read(place / "outputs" / "evaluations" / "run-step-00000020" / "mine.json")
+    assert {each["items"] for each in look["tasks"].values()} == {2}
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
@@ -307,7 +312,9 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.fixture(scope="module")
 def mistaken(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = Path(shutil.copytree(place, tmp_path_factory.mktemp("mistaken") / "place"))
+    folder = Path(
+        shutil.copytree(place, tmp_path_factory.mktemp("mistaken") / "place", ignore=shutil.ignore_patterns("outputs"))
+    )
     shutil.copytree(folder / "model", folder / "copy" / "model")
     checkpoint = checkpoint_of(folder, folder / "model", 10)
     weights = checkpoint / "model" / "model.safetensors"
