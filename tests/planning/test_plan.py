@@ -57,8 +57,8 @@ def test_swallow_ms_trains_on_105_billion_tokens(swallow: Any) -> None:
 
 
 def test_swallow_ms_keeps_two_checkpoints_and_the_weights_of_five(swallow: Any) -> None:
-    """At step 25,000: 24,500 and 25,000 whole, 24,000 until it is written, and the weights of each 5,000th before and of
-    step 2,000, which is evaluated."""
+    """At step 25,000: 24,500 and 25,000 whole, 24,000 until it is written, and the weights of each 5,000th before, and
+    of step 2,000, which is evaluated."""
     disk = swallow.disk
     assert disk.kept_for_good == 5
     assert disk.most == 3 * disk.checkpoint + 5 * disk.model
