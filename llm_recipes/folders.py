@@ -2,10 +2,13 @@
 
 import contextlib
 import json
+import os
+import socket
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from llm_recipes.errors import UserError
+from llm_recipes.errors import UserError, first_line
 
 OWN_CONF = Path("conf")
 """The user's own experiments and suites, below where the verb is run."""
@@ -34,6 +37,30 @@ def remove_folders(made: Iterable[Path]) -> None:
     for each in made:
         with contextlib.suppress(OSError):
             each.rmdir()
+
+
+def read_json(path: Path, kind: type = dict) -> Any:
+    """What a file of ours holds.
+
+    Raises:
+        UserError: it is damaged.
+        OSError: it cannot be read.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({first_line(error)}); bring it back, or remove it") from error
+    if not isinstance(content, kind):
+        raise UserError(f"{path}: damaged (not a JSON {kind.__name__}); bring it back, or remove it")
+    return content
+
+
+def write_json(path: Path, content: Any) -> None:
+    """As a whole, or not at all; whoever else writes it at the same time, on this host or another, is not met."""
+    beside = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
+    text = json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False)
+    beside.write_text(text + "\n", encoding="utf-8")
+    os.replace(beside, path)
 
 
 def weight_files(folder: str) -> list[str]:

@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import os
-import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from llm_recipes.checkpoints import manifest
 from llm_recipes.config import SuiteConfig
 from llm_recipes.data.token_file import checksum
 from llm_recipes.errors import UserError
-from llm_recipes.folders import make_folder, weight_files
+from llm_recipes.folders import make_folder, weight_files, write_json
 from llm_recipes.telemetry.progress import show_table
 
 Result = dict[str, Any]
@@ -80,9 +79,7 @@ def write(folder: Path, result: Result) -> Path:
     """Write a result as a whole, or not at all."""
     make_folder(folder)
     path = path_of(folder, result["suite"])
-    beside = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.partial")  # a search's jobs share a base
-    beside.write_text(json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    write_json(path, result)
     return path
 
 

@@ -3,7 +3,6 @@
 What is not there is absent, never 0: an unmeasured score, an unfinished job's last step.
 """
 
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from typing import Any
 import yaml
 
 from llm_recipes.errors import UserError
+from llm_recipes.folders import read_json
 from llm_recipes.reporting.scores import Score, scores_in
 from llm_recipes.telemetry import metrics
 from llm_recipes.training.folder import flat
@@ -23,21 +23,6 @@ Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """libyaml's where PyYAML has it: a hundred configurations would else take seconds."""
 NOT_RUNS = {"checkpoints", "evaluations", "base", "wandb"}
 """Folders below a run, or beside one, that hold no runs."""
-
-
-def read_json(path: Path, kind: type = dict) -> Any:
-    """What a file of ours holds.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: damaged ({error}); bring it back, or remove it") from error
-    if not isinstance(content, kind):
-        raise UserError(f"{path}: damaged (not a JSON {kind.__name__}); bring it back, or remove it")
-    return content
 
 
 def number(value: Any) -> float | None:

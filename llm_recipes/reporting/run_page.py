@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from llm_recipes.folders import read_json
 from llm_recipes.reporting import run_figures
 from llm_recipes.reporting.course import goodput, what
 from llm_recipes.reporting.page import Cell, Page, now, numeral, text
-from llm_recipes.reporting.reading import Run, base_results, number, read_json
+from llm_recipes.reporting.reading import Run, base_results, number
 from llm_recipes.reporting.scores import Score, scores_in
 from llm_recipes.reporting.tasks import task_table
 from llm_recipes.reporting.texts import Texts, amount, figure, shown

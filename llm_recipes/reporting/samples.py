@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from llm_recipes.config import PretrainConfig, ReportConfig
 from llm_recipes.data import sources as corpora
 from llm_recipes.data import tokenizer as tokenizers
@@ -15,12 +13,13 @@ from llm_recipes.data.stream import Samples
 from llm_recipes.errors import UserError
 from llm_recipes.telemetry.progress import console
 from llm_recipes.training import rollback
+from llm_recipes.training.folder import saved_config
 from llm_recipes.training.schedule import BatchSpans
 
 
 def show_samples(folder: Path, found: Sequence[dict[str, Any]], asked: ReportConfig) -> None:
     """The text of a step's samples, document by document."""
-    config = _configuration(folder)
+    config = saved_config(folder)
     positions = positions_of(config, found, asked, [each.skipped for each in rollback.read(folder / "rollbacks.json")])
     base = tokenizers.resolve(config.model.path, "model.path", config.model.trust_remote_code)
     tokenizer = tokenizers.open_tokenizer(base, config.model.trust_remote_code)
@@ -41,16 +40,6 @@ def show_samples(folder: Path, found: Sequence[dict[str, Any]], asked: ReportCon
             console.print(f"  | {tokenizer.decode(tokens)}", markup=False)
     if len(positions) > asked.limit:
         console.print(f"\n... and {len(positions) - asked.limit} more (limit={asked.limit})")
-
-
-def _configuration(folder: Path) -> PretrainConfig:
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(PretrainConfig), OmegaConf.load(folder / "config.yaml"))
-        config = OmegaConf.to_object(merged)
-    except Exception as error:
-        raise UserError(f"{folder / 'config.yaml'}: cannot be read ({type(error).__name__})") from error
-    assert isinstance(config, PretrainConfig)
-    return config
 
 
 def positions_of(

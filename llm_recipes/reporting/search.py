@@ -10,7 +10,8 @@ from typing import Any
 from llm_recipes.config import ReportConfig, RuleConfig
 from llm_recipes.config.search import USUAL_KEEP
 from llm_recipes.errors import UserError
-from llm_recipes.reporting.reading import Run, base_results, read_json, read_run, run_folders
+from llm_recipes.folders import read_json
+from llm_recipes.reporting.reading import Run, base_results, read_run, run_folders
 from llm_recipes.reporting.rule import Candidate, Rule, Verdict, judge
 from llm_recipes.reporting.scores import Score, full_name, scores_in
 from llm_recipes.reporting.texts import shown

@@ -5,7 +5,6 @@
 
 import hashlib
 import json
-import os
 import re
 import time
 from collections.abc import Iterable, Mapping
@@ -21,6 +20,7 @@ from omegaconf import OmegaConf
 from llm_recipes.config import PretrainConfig
 from llm_recipes.config.search import USUAL_KEEP
 from llm_recipes.errors import UserError, as_user_error, first_line
+from llm_recipes.folders import read_json, write_json
 from llm_recipes.training.folder import MAY_CHANGE, flat
 
 SEARCH, JOB = "search.json", "job.json"
@@ -106,7 +106,7 @@ class Job:
 
     def read(self) -> dict[str, Any]:
         """What is marked; empty where nothing is."""
-        return read_json(self.folder / JOB)
+        return known(self.folder / JOB)
 
     def is_done(self) -> bool:
         """Whether this very run has come to its end."""
@@ -133,28 +133,10 @@ def _decides(key: str) -> bool:
     return not any(key == name or key.startswith(f"{name}.") for name in MAY_CHANGE)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """An object from a file; empty where there is none.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise UserError(f"{path}: damaged ({first_line(error)}); bring it back, or remove it") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: damaged; bring it back, or remove it")
-    return content
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Written beside, and put into place whole."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    beside.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+def known(path: Path) -> dict[str, Any]:
+    """What a file of a search says; nothing where there is none."""
+    found: dict[str, Any] = read_json(path) if path.exists() else {}
+    return found
 
 
 def place(config: PretrainConfig, given: Mapping[str, Any], arguments: list[str], swept: Iterable[str]) -> Job:
@@ -170,8 +152,8 @@ def place(config: PretrainConfig, given: Mapping[str, Any], arguments: list[str]
         UserError: there is nothing to search, or the folder is another search's.
     """
     root = Path(config.run.dir) / f"{config.run.name}-{config.search.name}"
-    known = read_json(root / SEARCH)
-    keys = sorted({*swept, *config.search.keys}) or known.get("keys", [])
+    said = known(root / SEARCH)
+    keys = sorted({*swept, *config.search.keys}) or said.get("keys", [])
     if not keys:
         raise UserError("-m: nothing is searched; give a key several values (optim.lr=1e-5,1e-4), or name search.keys")
     before = flat(to_settings(config))
@@ -182,7 +164,7 @@ def place(config: PretrainConfig, given: Mapping[str, Any], arguments: list[str]
     chosen = [each for each in arguments if each.startswith("+") and not each.startswith("++")]  # whole experiments
     others = [each for each in arguments if each not in chosen]
     job.arguments = [*chosen, *others, f"run.dir={quoted(str(root))}", f"run.name={quoted(job.name)}"]
-    _refuse_another_search(root, known, keys, job)
+    _refuse_another_search(root, said, keys, job)
     return job
 
 
@@ -204,12 +186,12 @@ def to_settings(config: PretrainConfig) -> dict[str, Any]:
     return settings
 
 
-def _refuse_another_search(root: Path, known: dict[str, Any], keys: list[str], job: Job) -> None:
+def _refuse_another_search(root: Path, said: dict[str, Any], keys: list[str], job: Job) -> None:
     """Runs that differ in more than what is searched cannot stand side by side."""
-    both = {*keys, *known.get("keys", [])}
-    if not known or any("." not in key for key in both):  # whole experiments are what is searched
+    both = {*keys, *said.get("keys", [])}
+    if not said or any("." not in key for key in both):  # whole experiments are what is searched
         return
-    before, now = flat(known.get("settings", {})), flat(job.settings)
+    before, now = flat(said.get("settings", {})), flat(job.settings)
     changed = [
         key
         for key in sorted(before | now)
@@ -217,21 +199,21 @@ def _refuse_another_search(root: Path, known: dict[str, Any], keys: list[str], j
         and not any(key == each or key.startswith(f"{each}.") for each in (*both, *MAY_CHANGE))
     ]
     if changed:
-        said = ", ".join(f"{key} ({before.get(key)} -> {now.get(key)})" for key in changed[:6])
-        raise UserError(f"{root} is another experiment's search: {said}; give another search.name")
+        shown_keys = ", ".join(f"{key} ({before.get(key)} -> {now.get(key)})" for key in changed[:6])
+        raise UserError(f"{root} is another experiment's search: {shown_keys}; give another search.name")
 
 
 def write_down(job: Job, config: PretrainConfig, command: str) -> None:
     """Keep what the search is; keys that come later join it."""
     path = job.root / SEARCH
-    known = read_json(path)
-    keys = sorted({*known.get("keys", []), *job.values})
+    before = known(path)
+    keys = sorted({*before.get("keys", []), *job.values})
     asked = config.search.rule
     rule = {"best": asked.best, "keep": dict(asked.keep) or USUAL_KEEP}
-    commands = [each for each in known.get("commands", []) if each != command] + [command]
-    now = {"keys": keys, "rule": rule, "settings": known.get("settings", job.settings), "commands": commands}
+    commands = [each for each in before.get("commands", []) if each != command] + [command]
+    now = {"keys": keys, "rule": rule, "settings": before.get("settings", job.settings), "commands": commands}
     job.root.mkdir(parents=True, exist_ok=True)
-    if now != known:
+    if now != before:
         write_json(path, now)
 
 

@@ -97,7 +97,7 @@ class Launch:
     def _read(self) -> None:
         """What became of jobs that ran as jobs of a cluster."""
         for path in sorted((self.root or Path()).glob(f"*/{jobs.JOB}"), key=lambda each: each.stat().st_mtime):
-            found = jobs.read_json(path)
+            found = jobs.known(path)
             if path.stat().st_mtime >= self._began:
                 self.outcomes[path.parent.name] = ": ".join(filter(None, (found.get("status"), found.get("error"))))
 
