@@ -72,6 +72,15 @@ class Search:
         return [{} if self.step is None else run.scores(self.step) for run in self.runs]
 
     @cached_property
+    def unlike(self) -> list[str]:
+        """Suites that were not asked alike everywhere: other items, shots or data."""
+        digests: dict[str, set[str]] = {}
+        for results in (*self.base_results.values(), *(run.results.get(self.step or 0, {}) for run in self.runs)):
+            for suite, result in results.items():
+                digests.setdefault(suite, set()).add(str(result.get("suite_digest")))
+        return [suite for suite, found in digests.items() if len(found) > 1]
+
+    @cached_property
     def examples(self) -> dict[str, Score]:
         """Of each score any model's, for what it is one of."""
         return {name: score for each in [*self.bases.values(), *self.scores] for name, score in each.items()}

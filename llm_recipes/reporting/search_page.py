@@ -34,6 +34,7 @@ def headline(search: Search, say: Texts) -> tuple[str, list[str]]:
     notes = [say("rule", best=best, keep=kept)]
     if search.step is not None:
         notes.append(say("compared_at", step=search.step))
+    notes += [say("unlike", suite=suite) for suite in search.unlike]
     if search.problem is not None:
         return say("rule_problem", problem=search.problem), notes
     if verdict.winner is not None:

@@ -64,6 +64,10 @@ TEXTS: dict[str, tuple[str, str]] = {
         "The base model has no score {score}: the runs are compared with one another alone.",
         "ベースモデルに{score}のスコアがないため、実行どうしだけを比べています。",
     ),
+    "unlike": (
+        "Suite {suite} was not asked alike everywhere (other items, shots or data): its scores do not compare.",
+        "スイート {suite} は問題・ショット数・データがそろっていません。スコアは比較できません。",
+    ),
     "compared_at": ("Compared at step {step}.", "ステップ {step} で比較。"),
     "within_error": (
         "{name} is within one standard error of it in {score}: the difference may be chance.",

@@ -230,3 +230,17 @@ def test_the_verb_refuses_what_does_not_go_together(tmp_path: Path) -> None:
     assert "output=" in (line := refused(sweep=folder, output=folder)) and "a folder; give a file's name" in line
     assert "cannot be written" in refused(run=run, output=f"{run}/config.yaml/report.html")
     assert "the nearest step is 40" in refused(run=run, step=99)
+
+
+def test_scores_that_were_not_asked_alike_are_named(tmp_path: Path) -> None:
+    folder = run_folders.write_published(tmp_path / "mine-lr", keep=0.08)
+    config = ReportConfig(sweep=str(folder))
+    search = read_search(folder, config)
+    assert search.unlike == [] and not any("not asked alike" in note for note in headline(search, Texts("en"))[1])
+    (path,) = (folder / "optim.lr=6e-05" / "evaluations").glob("*/mini.json")
+    path.write_text(path.read_text().replace("d" * 64, "e" * 64))
+    search = read_search(folder, config)
+    assert search.unlike == ["mini"]
+    assert any(
+        note.startswith("Suite mini was not asked alike everywhere") for note in headline(search, Texts("en"))[1]
+    )
