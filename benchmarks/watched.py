@@ -6,9 +6,9 @@ It trains the quickstart's model (`make quickstart`, or `python recipes/quicksta
 core, in turn alone and while `python -m llm_recipes.evaluate watch=<run>` measures base and checkpoint on another core,
 in an order that is reversed from round to round. On a machine with GPUs each has one of its own (not run yet).
 
-    tokens/s     median over the logged steps during which the evaluation ran (the first two steps left out)
-    lost         1 - tokens/s watched / tokens/s alone, of the same round
-    evaluation   seconds it took
+    tokens/s   median over the logged steps (the first two left out), during all of which the other process ran: it is
+               ended with the training, and one that has ended before is an error
+    lost       1 - tokens/s so / tokens/s alone, of the same round
 
 Cores share memory and caches, so on a CPU the loss is that of two processes side by side, whatever the second one does;
 the third way shows it: a process beside training that multiplies matrices and has nothing to do with the run.
@@ -53,8 +53,8 @@ def start(command: list[str], core: int, log: Path) -> subprocess.Popen[bytes]:
         )  # fmt: skip
 
 
-def one(way: str, folder: Path, given: dict[str, str]) -> tuple[float, float]:
-    """Tokens per second of a run, and the seconds of what ran beside it."""
+def one(way: str, folder: Path, given: dict[str, str]) -> float:
+    """Tokens per second of a run."""
     root = Path(given["folder"])
     run = folder / "run"
     keys = {
@@ -71,7 +71,6 @@ def one(way: str, folder: Path, given: dict[str, str]) -> tuple[float, float]:
         if training.poll() is not None:
             raise SystemExit((folder / "training.log").read_text())
         time.sleep(0.1)
-    began = time.monotonic()
     beside = None
     if way == WATCHED:
         command = ["-m", "llm_recipes.evaluate", f"watch={run}", f"suite={given['suite']}"]
@@ -79,22 +78,20 @@ def one(way: str, folder: Path, given: dict[str, str]) -> tuple[float, float]:
     elif way == BESIDE:
         beside = start(["-c", BURN], 1, folder / "beside.log")
     training.wait()
-    if way == BESIDE and beside is not None:
-        beside.kill()
     if beside is not None:
+        if beside.poll() is not None:
+            raise SystemExit(f"{way}: it ended before the training did\n{(folder / 'watch.log').read_text()}")
+        beside.kill()
         beside.wait()
-    seconds = time.monotonic() - began
-    if way == WATCHED and not list(run.glob("evaluations/*/*.json")):
-        raise SystemExit((folder / "watch.log").read_text())
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     speeds = [row["tokens_per_second_per_device"] for row in rows if "lr" in row and row["step"] > 2]
-    return statistics.median(speeds), seconds if beside else 0.0
+    return statistics.median(speeds)
 
 
 def main() -> None:
     given = options()
     ways = [ALONE, WATCHED, BESIDE]
-    found: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
+    found: dict[str, list[float]] = {way: [] for way in ways}
     for number in range(int(given["rounds"])):
         for way in ways if number % 2 == 0 else ways[::-1]:
             folder = Path(tempfile.mkdtemp(prefix="watched-"))
@@ -102,16 +99,13 @@ def main() -> None:
                 found[way].append(one(way, folder, given))
             finally:
                 shutil.rmtree(folder)
-            console.print(f"round {number + 1}: {way} {found[way][-1][0]:,.1f} tokens/s")
+            console.print(f"round {number + 1}: {way} {found[way][-1]:,.1f} tokens/s")
     table = Table(title="A run while its checkpoints are evaluated elsewhere, medians", title_justify="left")
-    for name in ("", "tokens/s", "lost", "evaluation, s"):
+    for name in ("", "tokens/s", "lost"):
         table.add_column(name, justify="right" if name else "left")
     for way in ways:
-        lost = [1 - mine[0] / alone[0] for mine, alone in zip(found[way], found[ALONE], strict=True)]
-        speed, seconds = (statistics.median(each[at] for each in found[way]) for at in (0, 1))
-        table.add_row(
-            way, f"{speed:,.1f}", f"{statistics.median(lost):.1%}", f"{seconds:.0f}" if way == WATCHED else ""
-        )
+        lost = [1 - mine / alone for mine, alone in zip(found[way], found[ALONE], strict=True)]
+        table.add_row(way, f"{statistics.median(found[way]):,.1f}", f"{statistics.median(lost):.1%}")
     console.print(table)
 
 
