@@ -168,3 +168,12 @@ def test_a_key_of_the_verb_may_be_called_like_a_folder_of_configurations() -> No
     with pytest.raises(UserError, match=r"suite=\[mini,prompts\]"):
         read_overrides("evaluate", ["suite=mini,prompts"])
     assert read_overrides("pretrain", ["+search=lr"]) == (["+search=lr"], {}), "a group may be called like a part"
+
+
+def test_a_key_may_be_a_list_where_another_verb_has_parts_below_it() -> None:
+    from omegaconf import OmegaConf
+
+    from llm_recipes.command import empty_keys
+
+    assert empty_keys(OmegaConf.create({"model": ["a", "b"], "suite": "mini"})) == set()
+    assert empty_keys(OmegaConf.create({"model": {"path": ""}, "watch": ""})) == {"model.path", "watch"}
