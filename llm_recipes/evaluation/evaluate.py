@@ -101,7 +101,7 @@ def evaluate_model(
     fingerprint = place.on_first(partial(results.fingerprint, subject.folder))
     done: dict[str, dict[str, Any]] = {}
     precision = place.on_first(partial(models.precision_of, subject, config.dtype, config.trust_remote_code))
-    dtype = str(PRECISIONS[precision].compute).removeprefix("torch.")
+    dtype = PRECISIONS[precision].compute_name
     for suite in wanted if not config.overwrite else ():
         digest = place.on_first(partial(suites.digest, suite))
         there = place.on_first(

@@ -114,7 +114,7 @@ def measure(
         "prompts": prompts,
         "harness": f"lm-eval {importlib.metadata.version('lm_eval')}",
         "engine": "transformers" if writer is None else "transformers, vllm",
-        "dtype": str(lm.precision.compute).removeprefix("torch."),
+        "dtype": lm.precision.compute_name,
         "chat_template": chat_template,
         "seconds": time.monotonic() - started,
         "time": time.time(),

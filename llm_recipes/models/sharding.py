@@ -26,6 +26,11 @@ class Precision:
     """Of forward and backward, except in what the model itself declares fp32."""
 
     @property
+    def compute_name(self) -> str:
+        """`bfloat16` ..., as configurations and results have it."""
+        return str(self.compute).removeprefix("torch.")
+
+    @property
     def scales_loss(self) -> bool:
         """fp16 underflows: its loss is scaled up, its gradients down again."""
         return self.compute == torch.float16

@@ -21,7 +21,7 @@ from llm_recipes.config import PretrainConfig
 from llm_recipes.config.search import USUAL_KEEP
 from llm_recipes.errors import UserError, as_user_error, first_line
 from llm_recipes.folders import read_json, write_json
-from llm_recipes.training.folder import MAY_CHANGE, flat
+from llm_recipes.training.folder import flat, is_of, may_change
 
 SEARCH, JOB = "search.json", "job.json"
 RUNNING, DONE, STOPPED, FAILED = "running", "done", "stopped", "failed"
@@ -128,9 +128,7 @@ class Job:
 
 def _decides(key: str) -> bool:
     """Whether a run that has ended would do something else with another value of a key."""
-    if any(key == name or key.startswith(f"{name}.") for name in MEASURES):
-        return True
-    return not any(key == name or key.startswith(f"{name}.") for name in MAY_CHANGE)
+    return is_of(key, MEASURES) or not may_change(key)
 
 
 def known(path: Path) -> dict[str, Any]:
@@ -195,8 +193,7 @@ def _refuse_another_search(root: Path, said: dict[str, Any], keys: list[str], jo
     changed = [
         key
         for key in sorted(before | now)
-        if before.get(key) != now.get(key)
-        and not any(key == each or key.startswith(f"{each}.") for each in (*both, *MAY_CHANGE))
+        if before.get(key) != now.get(key) and not (is_of(key, both) or may_change(key))
     ]
     if changed:
         shown_keys = ", ".join(f"{key} ({before.get(key)} -> {now.get(key)})" for key in changed[:6])

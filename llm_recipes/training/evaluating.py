@@ -161,7 +161,7 @@ class Evaluator:
         from llm_recipes.evaluation import results, suites
 
         def look() -> dict[str, Any] | None:
-            dtype = str(PRECISIONS[self.config.parallel.precision].compute).removeprefix("torch.")
+            dtype = PRECISIONS[self.config.parallel.precision].compute_name
             return results.known(where, suite.name, suites.digest(suite), mark, dtype)
 
         found: dict[str, Any] | None = self.place.on_first(look)
@@ -233,7 +233,7 @@ def watch(config: EvaluateConfig) -> None:
         if settings.evaluation.base and settings.model.init == "pretrained":
             base = place.on_first(partial(models.find, settings.model.path, config))
             where = run.parent / "base" / place.on_first(partial(results.fingerprint, base.folder))
-            dtype = str(PRECISIONS[settings.parallel.precision].compute).removeprefix("torch.")  # as the checkpoints
+            dtype = PRECISIONS[settings.parallel.precision].compute_name  # as the checkpoints
             own = dataclasses.replace(config, dtype=dtype if config.dtype == "auto" else config.dtype)
             _measured(own, wanted, dataclasses.replace(base, results=where), place)
         for checkpoint in _as_they_come(run, settings, place):
@@ -294,7 +294,7 @@ def _there(run: Path, settings: PretrainConfig) -> tuple[list[tuple[Path, str]],
         found = [path for path in found if due(evaluation, manifest.step_of(path), horizon)]
     known = []
     for path in found:
-        with contextlib.suppress(OSError, ValueError, KeyError):  # it goes as we look
+        with contextlib.suppress(OSError, ValueError, KeyError, UserError):  # it goes as we look
             known.append((path, results.fingerprint(path / "model")))
     return known, ended
 

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,13 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix.rstrip("."): value}
 
 
+def is_of(key: str, names: Iterable[str]) -> bool:
+    """Whether a dotted key is one of these, or lies below one."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
+
+
 def may_change(key: str) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in MAY_CHANGE)
+    return is_of(key, MAY_CHANGE)
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -276,3 +276,11 @@ def test_training_is_the_same_whether_it_is_measured_or_not(ranks: Any, tiny_mod
     last = [place / name / "checkpoints" / "step-00000008" for name in found]
     one, other = map(tiny.state_of, last)
     assert one.keys() == other.keys() and all(bool((one[key] == other[key]).all()) for key in one)
+
+
+def test_a_checkpoint_that_goes_while_it_is_looked_at_is_not_there(tmp_path: Path) -> None:
+    from llm_recipes.config import PretrainConfig
+    from llm_recipes.training.evaluating import _there
+
+    (tmp_path / "checkpoints" / "step-00000002" / "model").mkdir(parents=True)  # its weights have gone
+    assert _there(tmp_path, PretrainConfig()) == ([], False)
