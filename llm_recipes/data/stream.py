@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from llm_recipes.data.documents import window
+from llm_recipes.data.documents import IGNORE, window
 from llm_recipes.data.mixture import Mixture
 from llm_recipes.data.sources import Source
 from llm_recipes.errors import UserError
@@ -24,12 +24,28 @@ SECONDS_AFTER_SIGTERM = 60
 
 Batch = dict[str, torch.Tensor]
 """`input_ids`, `position_ids`, `targets`, `document_ids`: int64 (sequences, seq_len);
-`source`, `position`: int64 (sequences,)."""
+`source`, `position`: int64 (sequences,). Where `with_counted` found it worth it, `counted`: int64 (some,)."""
+
+SPARSE = 7 / 8
+"""Share of the positions that have a target above which none of them is worth leaving out of the head."""
 
 
 def stack(windows: Sequence[dict[str, np.ndarray]]) -> Batch:
     """Windows of one shape, one above the other."""
     return {key: torch.from_numpy(np.stack([each[key] for each in windows])) for key in windows[0]}
+
+
+def with_counted(batch: Batch) -> Batch:
+    """A batch still on the host, with the flat numbers of its positions that have a target (`counted`) if they are few:
+    an instruction's batch has many that do not train, and a GPU could not be asked how many without waiting for it.
+    Whoever changes `targets` afterwards has to leave `counted` out."""
+    targets = batch["targets"].reshape(-1)
+    counted = (targets != IGNORE).nonzero()[:, 0]
+    if len(counted) > SPARSE * len(targets):
+        return batch
+    if not len(counted):
+        counted = counted.new_zeros(1)  # No row at all would give no gradient, where the other ranks wait for one.
+    return {**batch, "counted": counted.pin_memory() if targets.is_pinned() else counted}
 
 
 class Samples(Dataset[Batch]):
@@ -50,7 +66,8 @@ class Samples(Dataset[Batch]):
         """The window at one global position."""
         place = self.mixture.place(position)
         windows = self.sources[place.source].windows
-        arrays = window(windows.read(place.window), windows.seq_len, self.mask_documents)
+        documents, trained = windows.read(place.window), windows.trained(place.window)
+        arrays = window(documents, windows.seq_len, self.mask_documents, trained)
         arrays["source"] = np.asarray(place.source)
         arrays["position"] = np.asarray(position)
         return arrays

@@ -9,13 +9,17 @@ from typing import Any
 
 import torch
 
-from llm_recipes.data.stream import stack
+from llm_recipes.chat.packs import HeldOut
+from llm_recipes.data.stream import stack, with_counted
 from llm_recipes.data.validation import ValidationSet
 from llm_recipes.models.causal import CausalLM
 
 
 def score(
-    lm: CausalLM, held_out: ValidationSet, micro_batch_size: int, beat: Callable[[str], None] = lambda doing: None
+    lm: CausalLM,
+    held_out: ValidationSet | HeldOut,
+    micro_batch_size: int,
+    beat: Callable[[str], None] = lambda doing: None,
 ) -> dict[str, Any]:
     """A model's likelihood of a held-out set.
 
@@ -40,7 +44,7 @@ def score(
                 held_out[number] if number < len(held_out) else held_out.empty()
                 for number in range(start, start + micro_batch_size)
             ]
-            batch = {key: value.to(topology.device) for key, value in stack(windows).items()}
+            batch = {key: value.to(topology.device) for key, value in with_counted(stack(windows)).items()}
             losses, _ = lm.token_losses(batch)
             total[0] += losses.double().sum()
             total[1] += (batch["targets"] >= 0).sum()
@@ -61,7 +65,7 @@ def summary(nats: float, targets: int, text_bytes: int | None, documents: int) -
 
 def score_all(
     lm: CausalLM,
-    sets: Sequence[ValidationSet],
+    sets: Sequence[ValidationSet | HeldOut],
     micro_batch_size: int,
     beat: Callable[[str], None] = lambda doing: None,
 ) -> dict[str, dict[str, Any]]:

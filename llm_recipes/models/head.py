@@ -181,6 +181,7 @@ def head_losses(
     bias_V: torch.Tensor | None,
     targets_N: torch.Tensor,
     uniform: bool = False,
+    counted_M: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Cross entropy of each token under a linear head.
 
@@ -190,10 +191,16 @@ def head_losses(
         targets_N: int64; IGNORE gives a loss of 0 and no gradient.
         uniform: every loss will have the same weight in what is minimised (a sum or a mean): then a third of the work
             of the backward pass is saved. Weights that differ after all give NaN gradients.
+        counted_M: int64, at least one: the tokens that are multiplied by the head, which must be all whose target
+            is not IGNORE. None: every token. Known beforehand on the host, so that no GPU is waited for.
 
     Returns:
         fp32 of shape (N,), in nats.
     """
+    if counted_M is not None:
+        own = hidden_NH.index_select(0, counted_M), weight_VH, bias_V, targets_N.index_select(0, counted_M)
+        losses_M = head_losses(*own, uniform)
+        return losses_M.new_zeros(len(targets_N)).index_copy(0, counted_M, losses_M)
     rows = chunk_rows(weight_VH.shape[0], weight_VH.device)
     # A gradient for a weight of 1 is large, and fp16 has no room for it.
     at_once = uniform and torch.is_grad_enabled() and weight_VH.dtype != torch.float16
@@ -215,6 +222,8 @@ class LossHead:
         """int64 of the hidden states' shape without its last axis."""
         self.uniform = False
         """See `head_losses`."""
+        self.counted: torch.Tensor | None = None
+        """See `head_losses`; numbers of the hidden states, flattened."""
         self.answer: torch.Tensor | None = None
         """Given back as it is, in place of logits: shows what the model does after its head."""
         self._head = head
@@ -227,7 +236,8 @@ class LossHead:
         if self.targets is None:
             return self._logits(hidden)
         flat = hidden.reshape(-1, hidden.shape[-1])
-        losses = head_losses(flat, self._head.weight, self._head.bias, self.targets.reshape(-1), self.uniform)
+        targets = self.targets.reshape(-1)
+        losses = head_losses(flat, self._head.weight, self._head.bias, targets, self.uniform, self.counted)
         # A last axis of its own, where the vocabulary would be; a copy, because FSDP cannot hook a view safely.
         return losses.view(*hidden.shape[:-1], 1).clone()
 

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
+from llm_recipes.config import ModelConfig, ParallelConfig
 from llm_recipes.data.documents import IGNORE, window
-from llm_recipes.data.stream import stack
+from llm_recipes.data.stream import Batch, stack, with_counted
 from llm_recipes.models import head
 
 
@@ -294,3 +296,109 @@ def test_losses_of_unequal_weight_are_not_taken_for_equal_ones_in_silence() -> N
     losses = head.head_losses(torch.randn(3, 5), weight, None, torch.tensor([1, 2, -100]), uniform=True)
     (losses * torch.tensor([2.0, 2.0, 5.0])).sum().backward()
     assert weight.grad.isfinite().all(), "an ignored one may have any weight"
+
+
+@given(problems(), st.booleans(), st.sampled_from([torch.float32, torch.float64]))
+@settings(max_examples=60, deadline=None)
+def test_tokens_without_a_target_can_be_left_out(problem: dict[str, Any], uniform: bool, dtype: torch.dtype) -> None:
+    counted = with_counted({"targets": problem["targets"]}).get("counted")
+    weights = torch.full_like(problem["upstream"], 0.37) if uniform else problem["upstream"]
+    found = []
+    for rows in (None, counted):
+        leaves = leaves_of(problem, dtype)
+        own = leaves["hidden"], leaves["weight"], leaves.get("bias")
+        with chunks_of(problem["chunk"]):
+            losses = head.head_losses(*own, problem["targets"], uniform, rows)
+            losses.backward(weights)
+        found.append([losses.detach(), *(each.grad for each in leaves.values())])
+    for every, some in zip(*found, strict=True):
+        torch.testing.assert_close(some, every, rtol=1e-6, atol=1e-5)
+    assert not found[1][0][problem["targets"] == IGNORE].any()
+
+
+def test_only_tokens_with_a_target_are_multiplied_by_the_head() -> None:
+    problem = large(96, 8, 16, 96 * 16)
+    problem["targets"][torch.arange(96) % 4 > 0] = IGNORE
+    operations = []
+    for rows in (None, with_counted({"targets": problem["targets"]})["counted"]):
+        leaves = leaves_of(problem, torch.float32)
+        with chunks_of(problem["chunk"]), FlopCounterMode(display=False) as counter:
+            head.head_losses(*leaves.values(), problem["targets"], True, rows).sum().backward()
+        operations.append(counter.get_total_flops())
+    assert operations[1] * 4 == operations[0]
+
+
+def test_positions_that_count_are_named_where_they_are_few() -> None:
+    targets = torch.full((2, 8), IGNORE)
+    batch = {"targets": targets}
+    assert with_counted(batch)["counted"].tolist() == [0], "one at least, or the weights would have no gradient"
+    targets[0, 5] = targets[1, 0] = 3
+    assert with_counted(batch)["counted"].tolist() == [5, 8]
+    assert "counted" not in batch, "the caller's own batch is as it was"
+    assert "counted" not in with_counted({"targets": torch.arange(16).view(2, 8)}), "pretraining pays nothing"
+
+
+def few_targets() -> Batch:
+    """Two windows of two documents each, of which the second trains; one window has no target at all."""
+    documents = [np.arange(start, start + length) % 256 for start, length in ((3, 9), (40, 7), (80, 12), (7, 4))]
+    marks = [np.full(len(each), len(each) == 7) for each in documents]
+    rows = [window(documents[at : at + 2], 16, separate=True, trained=marks[at : at + 2]) for at in (0, 2)]
+    return stack(rows)
+
+
+def token_losses(folder: str, way: str) -> list[dict[str, torch.Tensor]]:
+    """Losses and gradients of a sharded model, its head multiplied for every token and for those that count."""
+    from dataclasses import replace
+
+    from llm_recipes.models import causal, topology
+
+    parallel = ParallelConfig(precision="fp32")
+    place = topology.start(parallel)
+    lm = causal.build(ModelConfig(path=folder), parallel, place, folder, mask_documents=True, seed=0)
+    lm.masking, lm.use_loss_head = replace(lm.masking, way=way), True
+    found = []
+    for batch in (few_targets(), with_counted(few_targets())):
+        losses, _ = lm.token_losses(batch, uniform=True)
+        losses.sum().backward()
+        gradients = {name: each.grad.full_tensor() for name, each in lm.model.named_parameters()}
+        lm.model.zero_grad()
+        found.append(
+            {"losses": losses.detach(), **gradients, "multiplied": torch.tensor(len(batch.get("counted", [])))}
+        )
+    return found
+
+
+@pytest.mark.parametrize("family", ["mistral", "mixtral", "qwen3_tied"])
+@pytest.mark.parametrize("way", ["positions", "flat", "block"])
+def test_a_model_s_losses_are_the_same_whatever_the_head_is_multiplied_for(
+    ranks: Any, tmp_path: Any, family: str, way: str
+) -> None:
+    (found,) = ranks(1, token_losses, str(tiny.save_model(tmp_path, family)), way)
+    every, some = found
+    assert (int(every.pop("multiplied")), int(some.pop("multiplied"))) == (0, 6)
+    assert every["losses"].count_nonzero() == 6
+    for name, each in every.items():
+        torch.testing.assert_close(some[name], each, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_a_head_is_compared_on_a_window_that_begins_with_nothing_to_train(ranks: Any, tiny_models: Any) -> None:
+    """As a conversation's does: were its own targets compared, no difference would show."""
+    assert ranks(1, compared, str(tiny_models["mistral"])) == [(True, False)]
+
+
+def compared(folder: str) -> tuple[bool, bool]:
+    """Whether the head that returns losses is used: as it is, and where the model's own does something more."""
+    from llm_recipes.models import causal, topology
+    from llm_recipes.training import proofs
+
+    parallel = ParallelConfig(precision="fp32")
+    lm = causal.build(ModelConfig(path=folder), parallel, topology.start(parallel), folder, True, seed=0)
+    ids = np.arange(3, 84)
+    batch = stack([window([ids], 80, True, [np.arange(81) > 75])])
+    proofs.head_equals_logits(lm, batch)
+    same = lm.use_loss_head
+    assert lm.loss_head is not None
+    own = lm.loss_head._logits
+    lm.loss_head._logits = lambda hidden: 1.5 * own(hidden)
+    proofs.head_equals_logits(lm, batch)
+    return same, lm.use_loss_head
