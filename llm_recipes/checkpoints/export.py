@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from llm_recipes.checkpoints import hub, manifest, shards
+from llm_recipes.checkpoints import hub, manifest, merging, shards
 from llm_recipes.checkpoints.state import copy_model_files
 from llm_recipes.config import ExportConfig
 from llm_recipes.errors import UserError, first_line
-from llm_recipes.folders import make_folder, remove_folders
+from llm_recipes.folders import is_adapter, make_folder, remove_folders
 from llm_recipes.models import loading
 
 log = logging.getLogger(__name__)
@@ -41,10 +41,17 @@ def export(config: ExportConfig) -> Path:
         raise UserError(f"output={output}: exists and is not empty; name a new folder")
     if output.resolve().is_relative_to(checkpoint.resolve()):
         raise UserError(f"output={output}: inside the checkpoint; name a folder elsewhere")
+    source = checkpoint / "model"
+    if config.merge_adapter and not is_adapter(str(source)):
+        raise UserError(
+            f"merge_adapter=true: {checkpoint} holds a whole model, there is no adapter to add; leave it out"
+        )
     try:
-        model, parts = open_model(checkpoint / "model", shards.NAMED_DTYPES[config.dtype])
-        card = model_card(checkpoint, config.dtype)
+        write = open_writer(source, config, most)
+        card = model_card(checkpoint, config)
     except Exception as error:  # a broken file is met by whatever line reads it
+        if isinstance(error, UserError) and str(error).startswith(f"checkpoint={checkpoint}: "):
+            raise
         reason = str(error) if isinstance(error, UserError) else first_line(error)
         raise UserError(f"checkpoint={checkpoint}: cannot be opened ({reason})") from error
     made: list[Path] = []
@@ -52,8 +59,8 @@ def export(config: ExportConfig) -> Path:
     try:
         shutil.rmtree(beside, ignore_errors=True)
         made = make_folder(beside)
-        write_model(model, parts, checkpoint / "model", beside, most)
-        copy_model_files(checkpoint / "model", beside)
+        write(beside)
+        copy_model_files(source, beside)
         (beside / "README.md").write_text(card, encoding="utf-8")
         for path in beside.iterdir():  # safetensors writes for the owner alone
             path.chmod(0o666 & ~umask())
@@ -73,13 +80,29 @@ def export(config: ExportConfig) -> Path:
     return output
 
 
+def open_writer(source: Path, config: ExportConfig, most: int) -> merging.Writer:
+    """What will write a checkpoint's model, or its adapter; everything that can be refused is by now.
+
+    Raises:
+        UserError: a tensor is missing, or of another shape; an adapter's base is not there.
+    """
+    dtype = shards.NAMED_DTYPES[config.dtype]
+    if config.merge_adapter:
+        return merging.open_merged(source, dtype, most, f"checkpoint={config.checkpoint}")
+    if is_adapter(str(source)):
+        log.info("an adapter alone, for its base; merge_adapter=true adds it to the base")
+        return merging.open_alone(source, dtype)
+    model, parts = open_model(source, dtype)
+    return lambda target: write_model(model, parts, source, target, most)
+
+
 def open_model(source: Path, dtype: torch.dtype) -> tuple[Any, list[hub.Unit] | None]:
     """The model on the meta device, and how its weights are converted in parts; without parts, the whole model.
 
     Raises:
         UserError: a tensor is missing, or of another shape.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     model = loading.empty_model(AutoConfig.from_pretrained(source), dtype, None)
     hub.refuse_another_model(model, source)
@@ -87,10 +110,7 @@ def open_model(source: Path, dtype: torch.dtype) -> tuple[Any, list[hub.Unit] | 
     if parts is None:
         log.warning("the weights of this model do not convert in parts: all of it goes through memory at once")
         return AutoModelForCausalLM.from_pretrained(source, dtype=dtype), None
-    if model.can_generate() and not (source / "generation_config.json").exists():  # else it is copied as it is
-        model.generation_config = GenerationConfig.from_pretrained(
-            source, config_file_name="config.json", _from_model_config=True
-        )
+    hub.own_generation(model, source)
     return model, parts
 
 
@@ -101,7 +121,7 @@ def write_model(model: Any, parts: list[hub.Unit] | None, source: Path, target: 
         model.save_pretrained(target, max_shard_size=most)
         return
     model.save_pretrained(target, state_dict={})  # all but the weights
-    hub.write_weights(model, source, target, parts, most)
+    hub.write_weights(model, hub.reader(model, source), target, parts, most)
 
 
 def umask() -> int:
@@ -115,7 +135,7 @@ def _read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def model_card(checkpoint: Path, dtype: str) -> str:
+def model_card(checkpoint: Path, config: ExportConfig) -> str:
     """What a model is made of: base and its licence, languages, data with their licences, the configuration."""
     run = _read(checkpoint / "config.json") or {}
     text = OmegaConf.to_yaml(OmegaConf.create(run))
@@ -129,7 +149,10 @@ def model_card(checkpoint: Path, dtype: str) -> str:
         f"| {licences.get('sources', {}).get(row['name']) or 'not stated'} |"
         for row in plan
     ]
-    front = ["---", "library_name: transformers", f"base_model: {json.dumps(base)}"]
+    alone = is_adapter(str(checkpoint / "model")) and not config.merge_adapter
+    what = "instruction tuning" if "train_on" in run.get("data", {}) else "continued pretraining"
+    what = f"Adapter (LoRA), {what}" if alone else what.capitalize()
+    front = ["---", f"library_name: {'peft' if alone else 'transformers'}", f"base_model: {json.dumps(base)}"]
     front += [f"license: {licences['base']}"] if re.fullmatch(r"[a-z0-9.-]+", licences.get("base") or "") else []
     front += ["language:", *(f"- {language}" for language in languages)] if languages else []
     return "\n".join(
@@ -139,8 +162,8 @@ def model_card(checkpoint: Path, dtype: str) -> str:
             "",
             f"# {run.get('run', {}).get('name', checkpoint.parent.parent.name)}",
             "",
-            f"Continued pretraining of `{base}` (licence: {licences.get('base') or 'not stated'}), "
-            f"{state.get('step')} steps, {state.get('consumed_tokens', 0):,} tokens; weights in {dtype}.",
+            f"{what} of `{base}` (licence: {licences.get('base') or 'not stated'}), "
+            f"{state.get('step')} steps, {state.get('consumed_tokens', 0):,} tokens; weights in {config.dtype}.",
             "",
             "| source | language | share | tokens planned | licence |",
             "|---|---|---|---|---|",

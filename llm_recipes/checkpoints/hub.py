@@ -133,18 +133,18 @@ def refuse_another_model(model: Any, source: Path) -> None:
             )
 
 
-def write_weights(model: Any, source: Path, target: Path, parts: list[Unit], most: int) -> None:
-    """Write a folder's tensors as the hub has them, in the dtypes of a model on the meta device.
+def own_generation(model: Any, source: Path) -> None:
+    """Give a model the settings for generation that its configuration holds, where its folder has no file of them."""
+    from transformers import GenerationConfig
 
-    Args:
-        model: knows names, shapes, dtypes and conversions.
-        source: a checkpoint's `model/`.
-        parts: as `units` gave them.
-        most: bytes of a file.
+    if model.can_generate() and not (source / "generation_config.json").exists():  # else it is copied as it is
+        model.generation_config = GenerationConfig.from_pretrained(
+            source, config_file_name="config.json", _from_model_config=True
+        )
 
-    Raises:
-        Damaged, OSError: as reading and writing do.
-    """
+
+def reader(model: Any, source: Path) -> Callable[[str], torch.Tensor]:
+    """Gives a checkpoint's tensors by name, whole, in the dtypes of a model on the meta device."""
     folder = Folder(source)
     state = saved(model)
 
@@ -152,6 +152,22 @@ def write_weights(model: Any, source: Path, target: Path, parts: list[Unit], mos
         value = torch.empty(state[name].shape, dtype=state[name].dtype)
         folder.read_into(name, value, (0,) * value.ndim)
         return value
+
+    return read
+
+
+def write_weights(model: Any, read: Callable[[str], torch.Tensor], target: Path, parts: list[Unit], most: int) -> None:
+    """Write a model's tensors as the hub has them.
+
+    Args:
+        model: on the meta device; knows names and conversions.
+        read: gives a tensor by the model's name for it, in the dtype that it is written in.
+        parts: as `units` gave them.
+        most: bytes of a file.
+
+    Raises:
+        Damaged, OSError: as reading and writing do.
+    """
 
     def values() -> Iterator[torch.Tensor]:
         for unit in parts:

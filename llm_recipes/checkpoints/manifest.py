@@ -4,16 +4,19 @@
 name only after that. What has another name, or no manifest, is no checkpoint.
 """
 
+import hashlib
 import json
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from llm_recipes.data.token_file import checksum
+from llm_recipes.folders import weight_files
 from llm_recipes.models.topology import Topology
 
 NAME = re.compile(r"step-(\d{8,})")
@@ -138,6 +141,23 @@ def damage(folder: Path, topology: Topology | None = None, run_id: str | None = 
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         mine = f"its manifest cannot be read ({type(error).__name__}: {error})"
     return next((found for found in (topology.gather(mine) if topology else [mine]) if found), None)
+
+
+def fingerprint(folder: Path, others: Iterable[str]) -> str:
+    """16 hexadecimal digits over a model folder's weights, and those of some other files that are there. A checkpoint's
+    manifest has their checksums; elsewhere each file is read.
+
+    Raises:
+        UserError: no weights in it.
+    """
+    names = [*map(Path, weight_files(str(folder))), *(folder / name for name in others)]
+    known = {}
+    if (folder.parent / MANIFEST).is_file():
+        known = {name: entry["xxh3_128"] for name, entry in read(folder.parent)["files"].items()}
+    sums = {
+        path.name: known.get(f"{folder.name}/{path.name}") or checksum(path) for path in sorted(names) if path.is_file()
+    }
+    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def clean(root: Path) -> None:

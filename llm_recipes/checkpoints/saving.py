@@ -22,6 +22,7 @@ import torch
 from llm_recipes.checkpoints import manifest, retention, shards
 from llm_recipes.checkpoints.state import copy_model_files, model_pieces, optimizer_pieces
 from llm_recipes.config import CheckpointConfig
+from llm_recipes.models import adapter as adapters
 from llm_recipes.models.topology import Topology
 
 log = logging.getLogger(__name__)
@@ -136,6 +137,8 @@ class Saver:
         save = _Save(step, model_pieces(model, self.topology.is_first), moments, absent, texts, files)
         # What the thread needs of the model it gets now: the thread never touches it.
         texts["model/config.json"] = model.config.to_json_string()
+        beside = adapters.of(model)
+        texts |= {f"model/{name}": text for name, text in beside.texts().items()} if beside is not None else {}
         self._current = save
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream())

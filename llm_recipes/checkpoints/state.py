@@ -1,6 +1,7 @@
 """What a checkpoint holds of a run, as pieces of tensors by name; and reading it back.
 
-`model/` holds the weights under transformers' names, with config and tokenizer beside them: a model folder.
+`model/` holds the weights under transformers' names, with config and tokenizer beside them: a model folder. Where an
+adapter trains it holds the adapter (see `adapters`).
 `optimizer/` holds `<parameter>.exp_avg`, `.exp_avg_sq` and `.step`, and no hyperparameters: those are the
 configuration's. A parameter that never had a gradient has no state, and the manifest names it.
 """
@@ -16,6 +17,8 @@ from torch import nn
 
 from llm_recipes.checkpoints import manifest, shards
 from llm_recipes.errors import UserError
+from llm_recipes.models import adapter as adapters
+from llm_recipes.models import quantized
 from llm_recipes.models.topology import Topology
 
 log = logging.getLogger(__name__)
@@ -26,8 +29,14 @@ OTHER_FILES = ("generation_config.json", "chat_template*", "LICENSE*")
 
 
 def model_pieces(model: nn.Module, is_first: bool) -> list[shards.Piece]:
-    """This rank's pieces of parameters and persistent buffers. A tied one is one piece with several names:
-    transformers asks for each of them when it opens the folder."""
+    """This rank's pieces of parameters and persistent buffers; of a model with an adapter, the adapter's alone. A tied
+    one is one piece with several names: transformers asks for each of them when it opens the folder."""
+    if adapters.of(model) is not None:
+        return [shards.piece([name], each, is_first) for name, each in adapters.stored(model).items()]
+    return _all_pieces(model, is_first)
+
+
+def _all_pieces(model: nn.Module, is_first: bool) -> list[shards.Piece]:
     names: dict[int, list[str]] = {}
     tensors: dict[int, torch.Tensor] = {}
     for name, each in model.state_dict(keep_vars=True).items():
@@ -40,7 +49,8 @@ def model_pieces(model: nn.Module, is_first: bool) -> list[shards.Piece]:
 def optimizer_pieces(
     model: nn.Module, optimizer: torch.optim.Optimizer, is_first: bool
 ) -> tuple[list[shards.Piece], list[str]]:
-    """This rank's pieces of the optimizer's tensors, and the parameters that have none."""
+    """This rank's pieces of the optimizer's tensors, and the parameters that have none; a model beneath an adapter has
+    none anywhere, and is not named."""
     pieces: list[shards.Piece] = []
     absent = []
     named = dict(model.named_parameters())
@@ -49,7 +59,8 @@ def optimizer_pieces(
     for name, parameter in named.items():
         own = optimizer.state.get(parameter)
         if not own:
-            absent.append(name)
+            if parameter.requires_grad or adapters.of(model) is None:
+                absent.append(name)
             continue
         pieces += [shards.piece([f"{name}.{moment}"], own[moment], is_first) for moment in MOMENTS]
         pieces.append(shards.piece([f"{name}.step"], own["step"].reshape(1), is_first))
@@ -78,6 +89,27 @@ def read_model(model: nn.Module, folder: Path) -> None:
         shards.read_pieces(folder, _by_name(model_pieces(model, is_first=True)))
     except shards.Damaged as error:
         raise UserError(f"{error}; see model.path and model.overrides") from error
+
+
+def read_base(model: nn.Module, folder: Path) -> None:
+    """Read a checkpoint's `model/` into a sharded model, or into what lies beneath its adapter.
+
+    Raises:
+        UserError: the weights are damaged, or another model's.
+    """
+    device = next(model.parameters()).device
+    with adapters.standing_aside(model), quantized.whole(model, device) as settle:
+        pieces = _by_name(_all_pieces(model, is_first=True))
+        try:
+            shards.read_pieces(folder, {name: each for name, each in pieces.items() if not each.local.is_meta})
+            for name in [name for name, each in pieces.items() if each.local.is_meta]:
+                module: Any = model.get_submodule(name.removesuffix(".weight"))
+                module.weight = nn.Parameter(torch.empty_like(module.weight, device="cpu"), requires_grad=False)
+                shards.read_pieces(folder, {name: shards.piece([name], module.weight, is_first=True)})
+                if settle is not None:
+                    settle()
+        except shards.Damaged as error:
+            raise UserError(f"{error}; see model.path and model.overrides") from error
 
 
 def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -13,12 +13,13 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
-from llm_recipes.config import ModelConfig, ParallelConfig
+from llm_recipes.config import AdapterConfig, ModelConfig, ParallelConfig
 from llm_recipes.data.documents import IGNORE
 from llm_recipes.data.stream import Batch
 from llm_recipes.errors import UserError
 from llm_recipes.folders import is_checkpoint
-from llm_recipes.models import head, initial, loading, sharding
+from llm_recipes.models import adapter as adapters
+from llm_recipes.models import head, initial, loading, quantized, sharding
 from llm_recipes.models import layers as layer_options
 from llm_recipes.models.flops import Cost, cost
 from llm_recipes.models.masking import Masking, accepted_arguments, sliding_window
@@ -92,10 +93,11 @@ class CausalLM:
         arguments = self.masking.arguments(batch)
         if self.use_loss_head and self.loss_head is not None:
             self.loss_head.targets, self.loss_head.uniform = targets, uniform
+            self.loss_head.counted = batch.get("counted")
             try:
                 output = self.model(**arguments)
             finally:
-                self.loss_head.targets = None
+                self.loss_head.targets = self.loss_head.counted = None
             losses = output.logits
         else:
             output = self.model(**arguments)
@@ -124,6 +126,12 @@ class CausalLM:
         experts = int(router_logits[0].shape[-1])
         counted = (batch["targets"] != IGNORE).to(torch.int64)
         rows = batch["input_ids"].shape[0]
+        # A document of which some tokens train is no padding: all of them are sent to experts, a prompt's too.
+        documents = batch["document_ids"]
+        trains = counted.new_zeros(documents.shape[0], documents.shape[1] + 1).scatter_reduce(
+            1, documents, counted, "amax"
+        )
+        counted = trains.gather(1, documents)
         some = counted.amax(1)
         counted = torch.where(some[:, None] > 0, counted, 1)  # The mean over no token is NaN, and so its gradient.
         per_window = [
@@ -160,6 +168,8 @@ def build(
     mask_documents: bool,
     seed: int,
     weights: bool = True,
+    adapter: AdapterConfig | None = None,
+    described: str | None = None,
 ) -> CausalLM:
     """Open, shard and fill a model.
 
@@ -167,23 +177,33 @@ def build(
         folder: the model's local folder.
         mask_documents: whether documents are to be kept apart (how is found by `proofs`).
         seed: of random weights.
-        weights: read the folder's weights, or make random ones; False where a checkpoint brings them.
+        weights: read the folder's weights, or make random ones; False where a checkpoint brings them. A checkpoint of
+            an adapter brings the adapter's alone.
+        adapter: what trains beside the model, which stands still then.
+        described: the folder with the model's configuration, where it is another than that with the weights.
 
     Raises:
         UserError: what the folder, the configuration or this device does not allow.
     """
     precision = sharding.precision_for(parallel, topology.device)
-    own = loading.open_config(config, folder)
+    own = loading.open_config(config, described or folder)
+    beside = adapter if adapter is not None and adapter.kind != "none" else None
+    # What stands still needs no copy that is finer than what computes.
+    storage = precision.storage if beside is None else precision.compute
     attention = None if config.attention == "auto" else config.attention
 
     def empty(device: str = "meta") -> Any:
-        return loading.empty_model(own, precision.storage, attention, config.trust_remote_code, device)
+        return loading.empty_model(own, storage, attention, config.trust_remote_code, device)
 
     model = empty()
     if attention is None and (better := flash_attention(model, topology.device, precision.compute)):
         attention = better
         model = empty()
-    price = cost(model)
+    if beside is not None:
+        adapters.inject(model, beside, precision)
+    price = cost(model, adapters.expert_parameters(model))
+    if beside is not None and beside.base == "4bit":
+        quantized.replace(model, precision)
     loss_head = head.install(model)
     layers = sharding.layers(model)
     layer_options.prepare(layers, config.activation_checkpointing, config.compile)
@@ -193,17 +213,22 @@ def build(
     where = torch.device("cpu") if parallel.cpu_offload else topology.device
     if random:
         model.train()
-    elif weights and not is_checkpoint(folder):
+    elif (weights or beside is not None) and not is_checkpoint(folder):
         error: Exception | None = None
         try:
-            loading.read_pretrained(model, empty, folder, precision.storage, where)
+            with adapters.standing_aside(model), quantized.whole(model, where) as settle:
+                loading.read_pretrained(model, empty, folder, storage, where, settle)
         except Exception as found:
             error = found
         topology.agree(error)
     else:
-        loading.read_nothing(model, precision.storage, where)
+        with adapters.standing_aside(model):
+            loading.read_nothing(model, storage, where)
+    if beside is not None:
+        adapters.fill(model, seed, where)
+        adapters.freeze(model)
     log.info(
-        "model %s: %s parameters (%s active), %d layers, attention %s (%s), %s",
+        "model %s: %s parameters (%s active), %d layers, attention %s (%s), %s%s",
         model.config.model_type,
         f"{price.parameters:,}",
         f"{price.active_parameters:,}",
@@ -211,6 +236,7 @@ def build(
         model.config._attn_implementation,
         "asked for" if config.attention != "auto" else "installed here" if attention else "transformers' own choice",
         precision.name,
+        "" if beside is None else f"; what stands still is kept in {str(storage).removeprefix('torch.')}",
     )
     way = Masking(
         "positions" if mask_documents else "none", accepted_arguments(model), precision.compute, sliding_window(model)

@@ -6,6 +6,7 @@ recomputation is not counted. (Chowdhery et al., "PaLM", 2022, appendix B; torch
 A weight that does not train needs 2 of the 4 backward: there is no gradient of its own.
 """
 
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,23 +78,32 @@ def _attention_width(text: Any) -> int:
     return total
 
 
-def cost(model: Any) -> Cost:
+def experts(text: Any) -> int | None:
+    """How many experts a layer has, as a model's configuration says; None where it says nothing."""
+    return _first(text, "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+
+def cost(model: Any, of_experts: Set[nn.Parameter] = frozenset()) -> Cost:
     """Count a model's parameters and what a token costs, from its modules and its configuration.
 
     A linear layer's weight multiplies every token, the output head's too (tied or not), an embedding's none.
     Of fused experts (three axes, the first as many as there are experts) a token meets `top_k`.
+
+    Args:
+        of_experts: further parameters of which a token meets its experts' part.
     """
     text = model.config.get_text_config()
-    experts = _first(text, "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    count = experts(text)
     top_k = _first(text, "num_experts_per_tok", "moe_k", "top_k_experts", "moe_topk", "num_experts_per_token")
-    share = top_k / experts if experts and top_k else 1.0
+    share = top_k / count if count and top_k else 1.0
 
     total, active, matrix, frozen = 0.0, 0.0, 0.0, 0.0
     seen: set[int] = set()
     embedding = model.get_input_embeddings()
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
-            expert = experts is not None and parameter.ndim >= 3 and parameter.shape[0] == experts
+            expert = count is not None and parameter.ndim >= 3 and parameter.shape[0] == count
+            expert = expert or parameter in of_experts
             size = parameter.numel() * (share if expert else 1)
             # A tied weight is stored once, and multiplies where it is the head.
             is_matrix = parameter.ndim >= 2 and not isinstance(module, nn.Embedding) and module is not embedding

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from llm_recipes.errors import UserError
+from llm_recipes.models import quantized
 
 log = logging.getLogger(__name__)
 
@@ -101,9 +102,12 @@ def refuse_uninitialised(model: nn.Module, folder: Path | None = None) -> None:
         RuntimeError: names it. (A bug of ours or of transformers, not of the user's.)
         UserError: weights that were read are not finite.
     """
+    bytes_alone = {id(each.packed) for each in quantized.members(model).values()}  # they were proved before
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta:
             raise RuntimeError(f"{name} was left without memory")
+        if id(tensor) in bytes_alone:
+            continue
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         if not local.is_floating_point():
             continue

@@ -45,6 +45,7 @@ def quiet_libraries() -> None:
 
     theirs.set_verbosity_error()
     theirs.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels that would be faster
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # export is one process, as intended
 
 
@@ -59,6 +60,8 @@ def open_config(config: ModelConfig, folder: str) -> Any:
     except Exception as error:  # a broken file is met by whatever line of transformers reads it
         reason = first_line(error)
         hint = "; set model.trust_remote_code=true if you trust it" if "trust_remote_code" in str(error) else ""
+        if (Path(folder) / "model" / "config.json").is_file():
+            hint = f"; a checkpoint's model lies below it, give model.path={config.path}/model"
         raise UserError(f"model.path={config.path}: no model configuration opens here ({reason}){hint}") from error
     for key, value in config.overrides.items():
         override(own, key, value)
@@ -148,7 +151,12 @@ def licence(folder: str) -> str | None:
 
 
 def read_pretrained(
-    model: Any, empty: Callable[[], Any], folder: str, dtype: torch.dtype, device: torch.device
+    model: Any,
+    empty: Callable[[], Any],
+    folder: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    settle: Callable[[], None] | None = None,
 ) -> None:
     """Read a folder's safetensors into a sharded meta model; each rank reads what its shards need.
 
@@ -156,6 +164,7 @@ def read_pretrained(
         model: the sharded model.
         empty: makes the same model on the meta device, not sharded (FSDP changes a model's class, and with it
             what transformers knows of its weights' names).
+        settle: called after each layer's weights, which it may put away in another form; None: all are read at once.
 
     Raises:
         UserError: weights are missing, do not fit the configuration, or cannot be read.
@@ -176,15 +185,38 @@ def read_pretrained(
             handles.append(handle)
             slices |= {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118 (not a dict)
         whole = _read_whole(model, empty, slices, load, device)
-        info, _ = convert_and_load_state_dict_in_model(
-            model, {key: value for key, value in slices.items() if key not in whole.keys_read}, load
-        )
+        left = {key: value for key, value in slices.items() if key not in whole.keys_read}
+        info = _read_by_layer(model, left, load, settle)
     except SafetensorError as error:
         raise UserError(f"{folder}: its weights cannot be read ({error}); bring the model again") from error
     for name in whole.parameters:
         info.missing_keys.discard(name)
     refuse_unread(model, info, folder)
     finish(model, info, load)
+
+
+def _read_by_layer(
+    model: Any, slices: dict[str, Any], load: LoadStateDictConfig, settle: Callable[[], None] | None
+) -> LoadStateDictInfo:
+    """Read each layer's keys (`model.layers.3.` before them), and settle; without that all at once."""
+    groups: dict[str, dict[str, Any]] = {}
+    for key, value in slices.items():
+        layer = re.match(r".*?\.\d+(?=\.)", key) if settle else None
+        groups.setdefault(layer.group() if layer else "", {})[key] = value
+    total: LoadStateDictInfo | None = None
+    for group in groups.values() or [{}]:
+        info, _ = convert_and_load_state_dict_in_model(model, group, load)
+        if settle is not None:
+            settle()
+        if total is None:
+            total = info
+            continue
+        total.missing_keys &= info.missing_keys
+        total.unexpected_keys |= info.unexpected_keys
+        total.mismatched_keys |= info.mismatched_keys
+        total.conversion_errors |= info.conversion_errors
+    assert total is not None
+    return total
 
 
 class _Whole:
@@ -224,9 +256,9 @@ def _read_whole(
         if name in shapes and pattern is not None and not _reads_by_shard(converters[pattern], shapes[name]):
             groups.setdefault(name, {})[key] = value
     for group in groups.values():
-        part = _loaded_alone(empty(), group, load)
+        part = loaded_alone(empty(), group, load)
         for name, full in part.items():
-            _set(model, name, full.to(device))
+            place_parameter(model, name, full.to(device))
         result.keys_read |= set(group)
         result.parameters |= set(part)
     return result
@@ -246,7 +278,7 @@ def _reads_by_shard(converter: WeightConverter, parameter: torch.Tensor) -> bool
     return along_first and every_rank_owns_some and stacks
 
 
-def _loaded_alone(plain: Any, group: dict[str, Any], load: LoadStateDictConfig) -> dict[str, torch.Tensor]:
+def loaded_alone(plain: Any, group: dict[str, Any], load: LoadStateDictConfig) -> dict[str, torch.Tensor]:
     """The full parameters that some checkpoint keys become, on the CPU."""
     alone = LoadStateDictConfig(
         dtype=load.dtype,
@@ -260,7 +292,8 @@ def _loaded_alone(plain: Any, group: dict[str, Any], load: LoadStateDictConfig) 
     return {name: value for name, value in plain.state_dict().items() if not value.is_meta}
 
 
-def _set(model: Any, name: str, full: torch.Tensor) -> None:
+def place_parameter(model: Any, name: str, full: torch.Tensor) -> None:
+    """Put a value, which every rank has whole, in the place of a (sharded) parameter, in the parameter's dtype."""
     module_name, _, own_name = name.rpartition(".")
     module = model.get_submodule(module_name)
     reference = getattr(module, own_name)

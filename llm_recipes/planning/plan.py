@@ -100,6 +100,11 @@ def rows(config: PlanConfig) -> tuple[list[Row], str]:
     """
     found, opened, source = [], {}, ""
     for each in candidates(config):
+        kind = each.config.adapter.kind
+        if kind != "none":
+            raise UserError(
+                f"adapter.kind={kind}: a plan knows no adapters; a run with one takes less than one without"
+            )
         spans = BatchSpans(each.config.train.global_batch_size, each.config.train.batch_warmup)
         refuse_remainder(spans, each.devices, each.config.train.micro_batch_size)
         model, parallel = each.config.model, each.config.parallel

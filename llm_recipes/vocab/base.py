@@ -11,6 +11,7 @@ import tokenizers
 
 from llm_recipes.data.tokenizer import open_tokenizer, resolve, vocabulary_size
 from llm_recipes.errors import UserError
+from llm_recipes.folders import refuse_adapter
 from llm_recipes.vocab import spm
 from llm_recipes.vocab.pieces import SENTENCEPIECE, kind_of
 
@@ -70,6 +71,8 @@ def open_base(path: str, key: str, trust_remote_code: bool) -> Base:
         tokenizer = wrapped(state, spm.special_tokens(proto))
         return Base(path, None, tokenizer, state, SENTENCEPIECE, proto, len(proto.pieces))
     folder = Path(resolve(path, key, trust_remote_code))
+    if key == "model":
+        refuse_adapter(str(folder), key)
     tokenizer = open_tokenizer(str(folder), trust_remote_code)
     own = folder / "tokenizer.json"
     state = json.loads(own.read_text(encoding="utf-8") if own.is_file() else tokenizer.backend_tokenizer.to_str())

@@ -56,6 +56,27 @@ def test_a_token_costs_what_pytorch_counts(name: str, seq_len: int) -> None:
     assert cost(model).per_token(seq_len) * tokens == pytest.approx(counter.get_total_flops(), rel=2e-3)
 
 
+@pytest.mark.parametrize(("name", "targets"), [
+    ("dense", {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}),
+    ("wide heads, tied", {"target_modules": ["q_proj", "down_proj"]}),
+])  # fmt: skip
+def test_beside_an_adapter_a_token_costs_what_pytorch_counts(name: str, targets: dict[str, Any]) -> None:
+    """Weights that stand still have no gradient of their own; the adapter's have."""
+    import peft
+
+    torch.manual_seed(0)
+    plain = model_of(name)
+    peft.inject_adapter_in_model(peft.LoraConfig(r=4, **targets), plain)
+    ids = torch.randint(256, (2, 16))
+    # Hidden states that need a gradient, as those of every layer but the first do.
+    hidden = plain.get_input_embeddings()(ids).detach().requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        plain(inputs_embeds=hidden, use_cache=False).logits.sum().backward()
+    found = cost(plain)
+    assert 0 < found.frozen_matrix_parameters < found.matrix_parameters
+    assert found.per_token(16) * ids.numel() == pytest.approx(counter.get_total_flops(), rel=2e-3)
+
+
 def test_a_cost_needs_no_weights_and_counts_each_parameter_once() -> None:
     from llm_recipes.models.loading import empty_model
 

@@ -193,3 +193,26 @@ def test_a_window_without_targets_adds_nothing(ranks: Any, folders: Any) -> None
     assert found["finite"]
     assert found["router_loss"] == pytest.approx(first, rel=1e-5)
     assert found["added"] == pytest.approx(WEIGHT * first, rel=1e-5)
+
+
+def answers_alone(folder: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The auxiliary loss where every token trains, and where of each document the last one does alone."""
+    from llm_recipes.models import causal, topology
+
+    parallel = ParallelConfig(precision="fp32")
+    config = ModelConfig(path=folder, overrides=ON)
+    lm = causal.build(config, parallel, topology.start(parallel), folder, mask_documents=True, seed=0)
+    every = windows()
+    owner, targets = every["document_ids"], every["targets"]
+    last = torch.ones_like(targets, dtype=torch.bool)
+    last[:, :-1] = owner[:, 1:] != owner[:, :-1]
+    some = {**every, "targets": torch.where(last, targets, -100)}
+    with torch.no_grad():
+        whole, part = (lm.token_losses(batch)[1] for batch in (every, some))
+    assert whole is not None and part is not None and bool((some["targets"] >= 0).any(1).all())
+    return whole, part
+
+
+def test_prompts_that_do_not_train_are_sent_to_experts_all_the_same(ranks: Any, folders: Any) -> None:
+    ((whole, part),) = ranks(1, answers_alone, str(folders["mixtral"]))
+    torch.testing.assert_close(part, whole, rtol=0, atol=0)

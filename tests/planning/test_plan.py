@@ -176,6 +176,7 @@ BAD = {
     "model.shape.hidden_sise=4096": "model.shape.hidden_sise: mistral has no such key, did you mean 'hidden_size'?",
     "model.shape.model_type=mistrel": "model.shape.model_type=mistrel: no such kind of model",
     "model.shape={}": "and no model.shape; bring the model, or write the keys of its config.json under model.shape",
+    "adapter.kind=lora": "adapter.kind=lora: a plan knows no adapters",
     "candidates.x=3": "candidates.x=3: give keys to change",
 }
 
