@@ -13,7 +13,7 @@ setup(
     ],
     package_dir={"llm_recipes.conf": "conf"},
     package_data={
-        "llm_recipes.conf": ["**/*.yaml"],
+        "llm_recipes.conf": ["**/*.yaml", "template/*.jinja"],
         "llm_recipes.evaluation.definitions": ["*/*.yaml", "*/*.jsonl"],
         "llm_recipes.reporting": ["page.css", "page.js"],
     },
