@@ -16,18 +16,21 @@ def next_token_targets(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return tokens[:-1], tokens[1:]
 
 
-def window(documents: Sequence[np.ndarray], seq_len: int, separate: bool) -> dict[str, np.ndarray]:
+def window(
+    documents: Sequence[np.ndarray], seq_len: int, separate: bool, trained: Sequence[np.ndarray] | None = None
+) -> dict[str, np.ndarray]:
     """Lay documents end to end into one window.
 
     Args:
         documents: token ids of each document or piece of one, n tokens each for n - 1 targets.
         seq_len: targets that the window has room for; what is left over is padding.
         separate: number positions from 0 in each document (and in the padding); else run on.
+        trained: of each document, whether its tokens are targets (bool, one per token). None: all are.
 
     Returns:
-        `input_ids`, `position_ids`, `targets` (IGNORE in padding) and `document_ids` (from 0; padding is a
-        document of its own), each int64 of shape (seq_len,). Padding is known by its place, never by its
-        token id: an end-of-document token keeps its target.
+        `input_ids`, `position_ids`, `targets` (IGNORE in padding, and for tokens that are no targets) and
+        `document_ids` (from 0; padding is a document of its own), each int64 of shape (seq_len,). Padding is known by
+        its place, never by its token id: an end-of-document token keeps its target.
     """
     targets_in_all = sum(len(tokens) - 1 for tokens in documents)
     if targets_in_all > seq_len:
@@ -41,7 +44,7 @@ def window(documents: Sequence[np.ndarray], seq_len: int, separate: bool) -> dic
         inputs, labels = next_token_targets(tokens)
         here = slice(at, at + len(inputs))
         input_ids[here] = inputs
-        targets[here] = labels
+        targets[here] = labels if trained is None else np.where(trained[number][1:], labels, IGNORE)
         document_ids[here] = number
         if separate:
             position_ids[here] = np.arange(len(inputs))

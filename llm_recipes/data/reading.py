@@ -157,8 +157,10 @@ def _arrow_block(where: str, first: int, table: Any, done: int) -> Block:
     return Block(where, first, sink.getvalue(), True, done)
 
 
-def _columns(where: str, names: list[str], config: TokenizeConfig) -> list[str]:
+def _columns(where: str, names: list[str], config: TokenizeConfig, whole: bool) -> list[str]:
     """The columns to read."""
+    if whole:
+        return names
     found = [key for key in (config.messages_key, config.text_key) if key in names]
     if not found:
         raise UserError(f"{where}: no column '{config.text_key}' (text_key), {did_you_mean(config.text_key, names)}")
@@ -171,9 +173,9 @@ def _block_rows(total_bytes: int, total_rows: int) -> int:
 
 
 class ParquetFile:
-    """A Parquet file; only the text or conversation column is read."""
+    """A Parquet file; only the text or conversation column is read, unless whole rows are wanted."""
 
-    def __init__(self, path: str, config: TokenizeConfig) -> None:
+    def __init__(self, path: str, config: TokenizeConfig, whole: bool = False) -> None:
         import pyarrow
         import pyarrow.parquet
 
@@ -183,7 +185,7 @@ class ParquetFile:
             with pyarrow.parquet.ParquetFile(path) as file:
                 self._rows = file.metadata.num_rows
                 groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-                self._columns = _columns(path, file.schema_arrow.names, config)
+                self._columns = _columns(path, file.schema_arrow.names, config, whole)
         except (pyarrow.ArrowException, OSError) as error:
             raise DamagedInput(f"{path}: not a whole Parquet file ({str(error).splitlines()[0]})") from error
         if self._rows == 0:
@@ -212,11 +214,11 @@ class ParquetFile:
 class SavedRows:
     """A dataset of the `datasets` library: a name on the hub, or a folder that `save_to_disk` wrote."""
 
-    def __init__(self, name: str, config: TokenizeConfig) -> None:
+    def __init__(self, name: str, config: TokenizeConfig, whole: bool = False) -> None:
         self.name = name
         self._config, self._split = config.config, config.split
         dataset = _open_dataset(name, config)
-        columns = _columns(name, dataset.column_names, config)
+        columns = _columns(name, dataset.column_names, config, whole)
         if len(dataset) == 0:
             raise UserError(f"{name}: the split '{config.split}' holds no rows")
         self.size = int(dataset.data.nbytes)
@@ -261,11 +263,12 @@ def _open_dataset(name: str, config: TokenizeConfig) -> Any:
     return dataset
 
 
-def open_inputs(config: TokenizeConfig, key: str = "input") -> list[Input]:
+def open_inputs(config: TokenizeConfig, key: str = "input", whole: bool = False) -> list[Input]:
     """Everything that `config.input` names, in its order; the files of a glob are sorted.
 
     Args:
         key: what the user calls it.
+        whole: read all columns, whatever they are called.
 
     Raises:
         UserError: one is missing, empty, named twice, or has no column of text.
@@ -280,9 +283,10 @@ def open_inputs(config: TokenizeConfig, key: str = "input") -> list[Input]:
         if real in seen:
             raise UserError(f"{key}: {name} is named twice")
         seen.add(real)
-    inputs = [_open(name, config) for name in names]
-    if config.config is not None and not any(isinstance(each, SavedRows) for each in inputs):
-        raise UserError(f"config={config.config}: only a dataset has one, and {names[0]} is a file; leave it out")
+    inputs = [_open(name, config, whole) for name in names]
+    for name, value, usual in (("config", config.config, None), ("split", config.split, "train")):
+        if value != usual and not any(isinstance(each, SavedRows) for each in inputs):
+            raise UserError(f"{name}={value}: only a dataset has one, and {names[0]} is a file; leave it out")
     return inputs
 
 
@@ -302,14 +306,14 @@ def _expand(entry: str, config: TokenizeConfig, key: str) -> list[str]:
     raise UserError(f"{key}={entry}: no such file")
 
 
-def _open(name: str, config: TokenizeConfig) -> Input:
+def _open(name: str, config: TokenizeConfig, whole: bool) -> Input:
     path = Path(name)
     if path.is_dir():
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-            return SavedRows(name, config)
+            return SavedRows(name, config, whole)
         raise UserError(f"{name}: a folder, but not a saved dataset; name its files, for example '{name}/*.jsonl'")
     if config.format == "datasets" or not path.exists():
-        return SavedRows(name, config)
+        return SavedRows(name, config, whole)
     if not path.is_file():
         raise UserError(f"{name}: not a file that can be read twice (a pipe, perhaps); write it to a file first")
     try:
@@ -321,7 +325,7 @@ def _open(name: str, config: TokenizeConfig) -> Input:
         raise UserError(f"{name}: an empty file; leave it out")
     looks_like_parquet = start == PARQUET_MAGIC or path.suffix == ".parquet"
     if config.format == "parquet" or (config.format == "auto" and looks_like_parquet):
-        return ParquetFile(name, config)
+        return ParquetFile(name, config, whole)
     return JsonLinesFile(name)
 
 

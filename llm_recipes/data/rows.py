@@ -46,8 +46,7 @@ def rows(block: Block, text_key: str, messages_key: str) -> Iterator[tuple[int, 
 
     A row that has `messages_key` is a conversation; blank lines are no rows.
     """
-    parsed = _parse_arrow(block) if block.arrow else _parse_lines(block)
-    for number, row in parsed:
+    for number, row in parsed(block):
         if isinstance(row, Problem):
             yield number, row
         elif not isinstance(row, dict):
@@ -65,6 +64,11 @@ def rows(block: Block, text_key: str, messages_key: str) -> Iterator[tuple[int, 
             yield number, Problem(NOT_A_STRING, f"'{text_key}' is {_kind(row[text_key])}, not a string")
         else:
             yield number, row[text_key]
+
+
+def parsed(block: Block) -> Iterator[tuple[int, Any]]:
+    """Every row of a block with its number, as JSON or Arrow gives it; a `Problem` where it is broken."""
+    return _parse_arrow(block) if block.arrow else _parse_lines(block)
 
 
 def _kind(value: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from llm_recipes.config import DataConfig, SourceConfig
 from llm_recipes.data.mixture import Mixture
 from llm_recipes.data.token_file import TokenFile
-from llm_recipes.data.windows import Windows
+from llm_recipes.data.windows import Readable, Windows
 from llm_recipes.errors import UserError
 
 ENDINGS = (".bin", ".idx", ".json", ".bytes")
@@ -38,7 +38,7 @@ class Source:
 
     name: str
     files: list[TokenFile]
-    windows: Windows
+    windows: Readable
     weight: float
     language: str | None
     max_epochs: float | None

@@ -9,11 +9,31 @@ last window is padded.
 import bisect
 import itertools
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
 from llm_recipes.data.token_file import TokenFile
 from llm_recipes.errors import UserError
+
+
+class Readable(Protocol):
+    """A source's windows, read at random."""
+
+    seq_len: int
+    tokens: int
+    targets: int
+    documents: int
+
+    def __len__(self) -> int: ...
+
+    def read(self, number: int) -> list[np.ndarray]:
+        """The documents in one window, or their pieces: n tokens for n - 1 targets each, int64."""
+        ...
+
+    def trained(self, number: int) -> list[np.ndarray] | None:
+        """Which tokens of these documents are targets: bool, one per token. None: all of them."""
+        ...
 
 
 class Windows:
@@ -54,6 +74,10 @@ class Windows:
             pieces += self._masked(self.files[shard], first - start, end - start)
             first, shard = end, shard + 1
         return pieces
+
+    def trained(self, number: int) -> list[np.ndarray] | None:
+        """Which tokens of a window's documents are targets: all of them."""
+        return None
 
     def _masked(self, file: TokenFile, first: int, last: int) -> list[np.ndarray]:
         """Targets `first` .. `last - 1` of one file, a piece per document."""
