@@ -10,10 +10,14 @@ from llm_recipes.config import (
     EvaluateConfig,
     ExportConfig,
     ExtendVocabConfig,
+    InstructConfig,
     PlanConfig,
     PretrainConfig,
     ReportConfig,
+    TrainingConfig,
 )
+from llm_recipes.config.instruct import RENDERED_WITH, check_chat_source
+from llm_recipes.config.judge import check_judge
 from llm_recipes.errors import UserError, did_you_mean
 
 LARGEST = 2**31 - 1
@@ -26,7 +30,7 @@ def values_in(value: Any, key: str = "", choices: Any = None) -> Iterator[tuple[
         for item in dataclasses.fields(value):
             below = f"{key}.{item.name}".lstrip(".")
             yield from values_in(getattr(value, item.name), below, item.metadata.get("choices"))
-    elif isinstance(value, dict) and key != "model.overrides":
+    elif isinstance(value, dict) and key not in ("model.overrides", "data.template_arguments"):
         for name, entry in value.items():
             yield from values_in(entry, f"{key}.{name}")
     elif isinstance(value, list):
@@ -49,7 +53,7 @@ def check_values(config: Any) -> None:
             raise UserError(f"{key}={value}: must not be more than {largest}")
 
 
-def check_horizon(config: PretrainConfig, steps: int, where: str) -> None:
+def check_horizon(config: TrainingConfig, steps: int, where: str) -> None:
     """Refuse what does not fit into a run of that many steps.
 
     Args:
@@ -70,18 +74,19 @@ def check_horizon(config: PretrainConfig, steps: int, where: str) -> None:
             raise UserError(f"evaluation.at_steps={step} lies past {where}")
 
 
-def check_pretrain(config: PretrainConfig) -> None:
-    """Refuse combinations that cannot run, before anything heavy is imported.
+def need(ok: bool, message: str) -> None:
+    """Raise `UserError` with the message, if not ok."""
+    if not ok:
+        raise UserError(message)
+
+
+def check_training(config: TrainingConfig) -> None:
+    """Refuse combinations that cannot run, whatever the data is, before anything heavy is imported.
 
     Raises:
         UserError: the first thing that is wrong, naming its keys.
     """
     train, optim, schedule, data = config.train, config.optim, config.schedule, config.data
-
-    def need(ok: bool, message: str) -> None:
-        if not ok:
-            raise UserError(message)
-
     need((train.steps is None) != (train.epochs is None), "give either train.steps or train.epochs")
     for key, value in {
         "train.steps": train.steps,
@@ -103,12 +108,14 @@ def check_pretrain(config: PretrainConfig) -> None:
         "run.stall_seconds": config.run.stall_seconds,
         "validation.every": config.validation.every,
         "evaluation.every": config.evaluation.every,
+        "evaluation.max_new_tokens": config.evaluation.max_new_tokens,
         **{f"evaluation.at_steps[{at}]": step for at, step in enumerate(config.evaluation.at_steps)},
         "logging.every": config.logging.every,
         "parallel.replicas": config.parallel.replicas,
         "parallel.timeout_seconds": config.parallel.timeout_seconds,
+        "adapter.rank": config.adapter.rank,
+        "adapter.alpha": config.adapter.alpha,
         **{f"data.sources.{name}.max_epochs": source.max_epochs for name, source in data.sources.items()},
-        **{f"data.validation.{name}.tokens": entry.tokens for name, entry in data.validation.items()},
     }.items():
         need(value is None or value > 0, f"{key}={value}: must be more than 0")
     for key, count in {
@@ -155,7 +162,15 @@ def check_pretrain(config: PretrainConfig) -> None:
         train.trainable == "all" or config.model.init == "pretrained",
         f"train.trainable={train.trainable}: the rest of a model with model.init={config.model.init} would stay random",
     )
-    need(bool(data.sources) != bool(data.data_path), "give either data.sources or data.data_path")
+    guard = config.guard
+    need(guard.window >= 16, f"guard.window={guard.window}: at least 16 updates say what is usual")
+    need(guard.patience <= guard.window, f"guard.patience={guard.patience}: more than guard.window={guard.window}")
+    need(0 < guard.lr_factor <= 1, f"guard.lr_factor={guard.lr_factor}: above 0, up to 1")
+    need(
+        config.parallel.replicas is None or config.parallel.sharding == "hybrid_shard",
+        f"parallel.replicas={config.parallel.replicas} needs parallel.sharding=hybrid_shard",
+    )
+    no_path = "/" not in config.run.name and config.run.name not in (".", "..")
     for name, source in data.sources.items():
         need(
             source.weight is None or source.weight > 0,
@@ -163,6 +178,46 @@ def check_pretrain(config: PretrainConfig) -> None:
         )
     weighted = [source.weight is not None for source in data.sources.values()]
     need(all(weighted) or not any(weighted), "data.sources: give every source a weight, or none")
+    need(no_path, f"run.name={config.run.name}: a name, not a path (use run.dir)")
+    check_adapter(config)
+
+
+def check_adapter(config: TrainingConfig) -> None:
+    """Refuse an adapter that has no model to stand beside."""
+    adapter = config.adapter
+    need(0 <= adapter.dropout < 1, f"adapter.dropout={adapter.dropout}: from 0 up to 1")
+    listed = isinstance(adapter.targets, list) and adapter.targets and all(isinstance(x, str) for x in adapter.targets)
+    need(
+        adapter.targets == "all" or bool(listed),
+        f"adapter.targets={adapter.targets}: 'all', or a list of names of modules, such as [q_proj, v_proj]",
+    )
+    if adapter.kind == "none":
+        need(adapter.base == "full", f"adapter.base={adapter.base} needs adapter=lora: weights in 4 bits do not train")
+        return
+    need(
+        config.model.init == "pretrained",
+        f"adapter.kind={adapter.kind}: beside a model with model.init={config.model.init} it would learn from noise",
+    )
+    need(
+        config.train.trainable == "all",
+        f"train.trainable={config.train.trainable}: with an adapter the adapter trains, and nothing else",
+    )
+
+
+def check_pretrain(config: PretrainConfig) -> None:
+    """Refuse a run of pretraining that cannot run.
+
+    Raises:
+        UserError: the first thing that is wrong, naming its keys.
+    """
+    check_training(config)
+    data = config.data
+    for name, entry in data.validation.items():
+        need(
+            entry.tokens is None or entry.tokens > 0,
+            f"data.validation.{name}.tokens={entry.tokens}: must be more than 0",
+        )
+    need(bool(data.sources) != bool(data.data_path), "give either data.sources or data.data_path")
     for number, stage in enumerate(data.stages):
         need(stage.share > 0, f"data.stages[{number}].share={stage.share}: must be more than 0")
         need(bool(stage.weights), f"data.stages[{number}].weights: name at least one source")
@@ -175,16 +230,24 @@ def check_pretrain(config: PretrainConfig) -> None:
     if data.stages:
         total = sum(stage.share for stage in data.stages)
         need(abs(total - 1) < 1e-6, f"data.stages: the shares add up to {total}, not 1")
-    guard = config.guard
-    need(guard.window >= 16, f"guard.window={guard.window}: at least 16 updates say what is usual")
-    need(guard.patience <= guard.window, f"guard.patience={guard.patience}: more than guard.window={guard.window}")
-    need(0 < guard.lr_factor <= 1, f"guard.lr_factor={guard.lr_factor}: above 0, up to 1")
-    need(
-        config.parallel.replicas is None or config.parallel.sharding == "hybrid_shard",
-        f"parallel.replicas={config.parallel.replicas} needs parallel.sharding=hybrid_shard",
-    )
-    no_path = "/" not in config.run.name and config.run.name not in (".", "..")
-    need(no_path, f"run.name={config.run.name}: a name, not a path (use run.dir)")
+
+
+def check_instruct(config: InstructConfig) -> None:
+    """Refuse a run of instruction tuning that cannot run.
+
+    Raises:
+        UserError: the first thing that is wrong, naming its keys.
+    """
+    check_training(config)
+    data = config.data
+    need(bool(data.sources), "data.sources: needed, and not given (NAME: {path: chats.jsonl})")
+    need(0 <= data.preview_rows <= 256, f"data.preview_rows={data.preview_rows}: from 0 to 256")
+    weighted = any(source.weight is not None for source in data.sources.values())
+    for group, sources in (("sources", data.sources), ("validation", data.validation)):
+        for name, source in sources.items():
+            check_chat_source(f"data.{group}.{name}", name, source, weighted)
+    taken = sorted(RENDERED_WITH & set(data.template_arguments))
+    need(not taken, f"data.template_arguments.{taken and taken[0]}: what the template is given anyhow; leave it out")
 
 
 def check_export(config: ExportConfig) -> None:
@@ -271,12 +334,12 @@ def check_evaluate(config: EvaluateConfig) -> None:
         raise UserError(f"model={config.model}: expected a model folder, a checkpoint, or a list of them")
     for key, least in (("batch_tokens", 1), ("shots", 0), ("items", 1)):
         value = getattr(config, key)
-        if value is not None and value < least:
-            raise UserError(f"{key}={value}: must be at least {least}")
+        need(value is None or value >= least, f"{key}={value}: must be at least {least}")
     if config.watch is not None and config.output is not None:
         raise UserError(f"output={config.output}: of a run that is watched the results lie in its own folder")
-    if config.output == "":
-        raise UserError("output: needed, and not given")
+    need(config.output != "", "output: needed, and not given")
+    for name, judge in config.judges.items():
+        check_judge(f"judges.{name}", judge)
 
 
 def check_plan(config: PlanConfig) -> None:
@@ -300,6 +363,7 @@ def check_plan(config: PlanConfig) -> None:
 
 CHECKS: dict[str, Any] = {
     "pretrain": check_pretrain,
+    "instruct": check_instruct,
     "evaluate": check_evaluate,
     "export": check_export,
     "extend_vocab": check_extend_vocab,

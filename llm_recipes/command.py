@@ -38,6 +38,10 @@ SYNONYMS = {
     "gradient_checkpointing": "activation_checkpointing", "attn_implementation": "attention",
 }  # fmt: skip
 """What others call some of our keys."""
+NOT_ASCII = re.compile(r"[^\s,:{}\[\]()]*[^\x00-\x7f][^\s,:{}\[\]()]*(?!\s*:)(?=[\s,}\]()]|$)")
+"""A word with letters beyond ASCII, and no key of a dictionary."""
+FOREIGN_KEY = re.compile(r"[{,]\s*[^\s,:{}]*[^\x00-\x7f][^\s,:{}]*\s*:")
+"""A key of a dictionary with such letters, for which Hydra has no words."""
 FLAGS = (
     "--help", "--hydra-help", "--version", "--cfg", "--resolve", "--package", "--run", "--multirun", "--info",
     "--shell-completion", "--config-path", "--config-name", "--config-dir", "--experimental-rerun",
@@ -96,11 +100,15 @@ def read_overrides(verb: str, arguments: list[str]) -> tuple[list[str], dict[str
             continue
         if "=" in value and re.fullmatch(r"[^'\"\[\]{}()\s]+", value):
             argument = f'{argument.partition("=")[0]}="{value}"'  # a folder of a search: outputs/mine-lr/optim.lr=1e-05
+        if not value.isascii() and not {"'", '"'} & set(value):
+            argument = f"{argument.partition('=')[0]}={NOT_ASCII.sub(_quoted, value)}"  # Hydra's bare words are ASCII
         try:
             sweeps = OverridesParser.create().parse_override(argument).is_sweep_override()
         except HydraException:
             if not re.fullmatch(r"[\w.@:/$-]+", key, re.ASCII):
                 raise UserError(f"{argument}: such a key can only stand in a file of conf/exp") from None
+            if FOREIGN_KEY.search(value):
+                raise UserError(f"{argument}: a key beyond ASCII can only stand in a file of conf/exp") from None
             quoted = shlex.quote(f'{key}="{value}"')
             raise UserError(f"{argument}: the value cannot be read; if it is a text, quote it: {quoted}") from None
         problem, free = find_key(verb, key)
@@ -123,6 +131,10 @@ def read_overrides(verb: str, arguments: list[str]) -> tuple[list[str], dict[str
         else:
             raise UserError(f"{argument}: cannot be left out; give it another value")
     return result, afterwards
+
+
+def _quoted(word: re.Match[str]) -> str:
+    return f'"{word[0]}"'
 
 
 def _as_entry(argument: str, free: int) -> str:
@@ -276,7 +288,8 @@ def run_verb(verb: str, function: Callable[[Any], Any]) -> None:
     try:
         if OWN_CONF.is_dir():
             add_override(f"hydra.searchpath=[file://{OWN_CONF}]")
-        sys.argv[1:], afterwards = read_overrides(verb, sys.argv[1:])
+        words, afterwards = read_overrides(verb, sys.argv[1:])
+        sys.argv[1:] = sorted(words, key=lambda word: word not in ("-m", "--multirun"))  # as `add_override` says
         if "search" in get_type_hints(SCHEMAS[verb]) and {"-m", "--multirun"} & set(line):
             from llm_recipes.search import torchrun
             from llm_recipes.search.launch import Launch

@@ -93,3 +93,21 @@ def weight_files(folder: str) -> list[str]:
 def is_checkpoint(folder: str) -> bool:
     """Whether a model folder is a checkpoint of ours: shards as training wrote them."""
     return any(Path(folder).glob("shard-*-model-*-of-*.safetensors"))
+
+
+def is_adapter(folder: str) -> bool:
+    """Whether a folder holds an adapter, ours or peft's, and no model."""
+    return (Path(folder) / "adapter_config.json").is_file()
+
+
+def refuse_adapter(folder: str, key: str) -> None:
+    """Refuse a folder that stands where a model is wanted.
+
+    Raises:
+        UserError: it is an adapter's; says how it becomes a model.
+    """
+    if is_adapter(folder):
+        own = (Path(folder) / "base.json").is_file()
+        command = f"python -m llm_recipes.export checkpoint={Path(folder).parent} output=... merge_adapter=true"
+        how = command if own else "PeftModel.merge_and_unload of peft does"
+        raise UserError(f"{key}={folder}: an adapter, no model; add it to its base first: {how}")

@@ -24,7 +24,7 @@ MISTAKES = [
     ("train.batch_warmup.strt=1", "did you mean 'train.batch_warmup.start'?"),
     ("data.sources.ja.weigth=1", "did you mean 'data.sources.ja.weight'?"),
     ("+train.foo=1", "unknown key 'train.foo'"),
-    ("foo.bar=1", "unknown key 'foo.bar', known: checkpoint, data, dry_run"),
+    ("foo.bar=1", "unknown key 'foo.bar', known: adapter, checkpoint, data, dry_run"),
     ("train.steps.x=1", "train.steps has nothing below it"),
     ("~optim.lr", "cannot be left out"),
 ]

@@ -1,6 +1,7 @@
 """Tiny models, a tokenizer and corpora, made on the spot: what the tests run the real code on."""
 
 import dataclasses
+import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -90,14 +91,11 @@ def random_documents(count: int, seed: int, longest: int = 40) -> list[list[int]
 def pretrain_config(folder: Path, model: Path, **changes: Any) -> Any:
     """A run's configuration, typed: 8 steps of 4 windows of 16 targets over two corpora in `folder`. Changes are keys
     of `conf/` with two underscores for each dot (`optim__lr=1e-3`)."""
-    from omegaconf import OmegaConf
-
-    from llm_recipes.checks import check
-    from llm_recipes.config import PretrainConfig
-
-    settings = {
-        "model": {"path": str(model)},
-        "data": {
+    return _config(
+        "pretrain",
+        folder,
+        model,
+        {
             "seq_len": 16,
             "sources": {
                 "ja": {"path": str(folder / "ja"), "weight": 0.75, "language": "ja"},
@@ -105,6 +103,57 @@ def pretrain_config(folder: Path, model: Path, **changes: Any) -> Any:
             },
             "validation": {"held_out": {"path": str(folder / "held_out"), "language": "ja"}},
         },
+        changes,
+    )
+
+
+CHATML = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+"""A chat template in the manner of ChatML, for the tokenizer of `tokenizer()`."""
+
+
+def instruct_config(folder: Path, model: Path, **changes: Any) -> Any:
+    """As `pretrain_config`, on the conversations that `write_chats` writes: windows of 96 targets."""
+    (folder / "chat.jinja").write_text(CHATML, encoding="utf-8")
+    data = {
+        "seq_len": 96,
+        "template": str(folder / "chat.jinja"),
+        "sources": {"ja": {"path": str(folder / "ja.jsonl"), "language": "ja"},
+                    "en": {"path": str(folder / "en.jsonl"), "language": "en"}},
+        "validation": {"held_out": {"path": str(folder / "held_out.jsonl")}},
+    }  # fmt: skip
+    return _config("instruct", folder, model, data, changes)
+
+
+def write_chats(folder: Path) -> Path:
+    """`ja` (messages, some of two exchanges), `en` (Alpaca) and `held_out`, as JSON Lines."""
+
+    def messages(number: int) -> dict[str, Any]:
+        said = [{"role": "user", "content": f"{number}に1を足すと"}, {"role": "assistant", "content": f"{number + 1}"}]
+        if number % 3 == 0:
+            said += [{"role": "user", "content": "もう1"}, {"role": "assistant", "content": f"{number + 2}です"}]
+        return {"messages": said}
+
+    folder.mkdir(parents=True, exist_ok=True)
+    alpaca = [{"instruction": f"Count to {n}.", "output": " ".join(map(str, range(1, n + 1)))} for n in range(1, 13)]
+    sets = {"ja": [messages(n) for n in range(40)], "en": alpaca * 2, "held_out": [messages(n) for n in range(50, 57)]}
+    for name, rows in sets.items():
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+def _config(verb: str, folder: Path, model: Path, data: dict[str, Any], changes: dict[str, Any]) -> Any:
+    from omegaconf import OmegaConf
+
+    from llm_recipes.checks import check
+    from llm_recipes.config import SCHEMAS
+
+    settings = {
+        "model": {"path": str(model)},
+        "data": data,
         "train": {"steps": 8, "global_batch_size": 4},
         "optim": {"lr": 1e-2},
         "schedule": {"warmup_steps": 2},
@@ -113,11 +162,11 @@ def pretrain_config(folder: Path, model: Path, **changes: Any) -> Any:
         "logging": {"every": 1},
         "run": {"name": "run", "dir": str(folder)},
     }
-    config = OmegaConf.merge(OmegaConf.structured(PretrainConfig), settings)
+    config = OmegaConf.merge(OmegaConf.structured(SCHEMAS[verb]), settings)
     for key, value in changes.items():
         OmegaConf.update(config, key.replace("__", "."), value, merge=value != {}, force_add=True)
     typed = OmegaConf.to_object(config)
-    check("pretrain", typed)
+    check(verb, typed)
     return typed
 
 

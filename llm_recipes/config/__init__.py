@@ -5,8 +5,11 @@ module costs no torch: a wrong configuration is an answer within a second.
 """
 
 from llm_recipes.config.evaluate import EvaluateConfig, SuiteConfig, TaskConfig
+from llm_recipes.config.instruct import ChatDataConfig, ChatSourceConfig, InstructConfig
+from llm_recipes.config.judge import JudgeConfig
 from llm_recipes.config.plan import PlanConfig
 from llm_recipes.config.pretrain import (
+    AdapterConfig,
     BatchWarmupConfig,
     CheckpointConfig,
     DataConfig,
@@ -22,6 +25,7 @@ from llm_recipes.config.pretrain import (
     SourceConfig,
     StageConfig,
     TrainConfig,
+    TrainingConfig,
     ValidationConfig,
     ValidationSetConfig,
     WandbConfig,
@@ -30,15 +34,17 @@ from llm_recipes.config.search import RuleConfig, SearchConfig
 from llm_recipes.config.verbs import ExportConfig, ExtendVocabConfig, ReportConfig, TokenizeConfig
 
 __all__ = [
-    "SCHEMAS", "BatchWarmupConfig", "CheckpointConfig", "DataConfig", "EvaluateConfig", "EvaluationConfig",
-    "ExportConfig", "ExtendVocabConfig", "GuardConfig", "LoggingConfig", "ModelConfig", "OptimConfig",
-    "ParallelConfig", "PlanConfig", "PretrainConfig", "ReportConfig", "RuleConfig", "RunConfig", "ScheduleConfig",
-    "SearchConfig", "SourceConfig", "StageConfig", "SuiteConfig", "TaskConfig", "TokenizeConfig", "TrainConfig",
-    "ValidationConfig", "ValidationSetConfig", "WandbConfig",
+    "SCHEMAS", "AdapterConfig", "BatchWarmupConfig", "ChatDataConfig", "ChatSourceConfig", "CheckpointConfig",
+    "DataConfig", "EvaluateConfig", "EvaluationConfig", "ExportConfig", "ExtendVocabConfig", "GuardConfig",
+    "InstructConfig", "JudgeConfig", "LoggingConfig", "ModelConfig", "OptimConfig", "ParallelConfig", "PlanConfig",
+    "PretrainConfig", "ReportConfig", "RuleConfig", "RunConfig", "ScheduleConfig", "SearchConfig", "SourceConfig",
+    "StageConfig", "SuiteConfig", "TaskConfig", "TokenizeConfig", "TrainConfig", "TrainingConfig", "ValidationConfig",
+    "ValidationSetConfig", "WandbConfig",
 ]  # fmt: skip
 
 SCHEMAS: dict[str, type] = {
     "pretrain": PretrainConfig,
+    "instruct": InstructConfig,
     "tokenize": TokenizeConfig,
     "export": ExportConfig,
     "extend_vocab": ExtendVocabConfig,

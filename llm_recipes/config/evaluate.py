@@ -4,13 +4,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llm_recipes.config.fields import REQUIRED, choice
+from llm_recipes.config.judge import JudgeConfig
 
 
 @dataclass
 class TaskConfig:
     """One task of a suite."""
 
-    kind: str = choice("lm_eval", "bits_per_byte", "prompts")
+    kind: str = choice("lm_eval", "bits_per_byte", "prompts", "judge")
     task: str | None = None
     """lm-eval's name of it, or that of one of ours (llm_recipes/evaluation/definitions). None: the entry's own name."""
     group: str = REQUIRED
@@ -24,10 +25,13 @@ class TaskConfig:
     path: Any = None
     """Local data, where the task's own would come from a hub: a JSONL, JSON or Parquet file, a folder of such with the
     names of splits (`train.jsonl`, `test.jsonl`), or a path for each split (`{train: ..., test: ...}`). Of
-    `bits_per_byte` the text (JSONL, Parquet) or a token file, of `prompts` the file of prompts."""
+    `bits_per_byte` the text (JSONL, Parquet) or a token file, of `prompts` the file of prompts, of `judge` the
+    questions (ours where there is none)."""
     text_key: str = "text"
     max_new_tokens: int | None = None
     """Of an answer. None: as the task has it."""
+    answers: int = 1
+    """To each question of `judge` whose category is answered with a temperature; else there is one."""
 
 
 @dataclass
@@ -60,6 +64,8 @@ class EvaluateConfig:
     `outputs/evaluations/<its name>`."""
     data: dict[str, Any] = field(default_factory=dict)
     """Local data by task, where it would come from a hub: `data.jsquad=jsquad.jsonl`."""
+    judges: dict[str, JudgeConfig] = field(default_factory=dict)
+    """Who scores the answers of `suite=judge`, by names of your own. None: they are kept for a later call."""
     shots: int | None = None
     """For all tasks, in place of their own."""
     items: int | None = None

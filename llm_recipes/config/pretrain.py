@@ -188,6 +188,11 @@ class EvaluationConfig:
     the checkpoint, for `python -m llm_recipes.evaluate watch=<run>` on other devices."""
     data: dict[str, Any] = field(default_factory=dict)
     """Local data by task, as of `llm_recipes.evaluate`."""
+    prompts: str | None = None
+    """A file of prompts (one a line, or JSONL with `prompt`) that the model answers at each of these steps. A model of
+    instructions is asked through its chat template."""
+    max_new_tokens: int = 128
+    """Of each answer."""
 
 
 @dataclass
@@ -223,9 +228,28 @@ class RunConfig:
 
 
 @dataclass
-class PretrainConfig:
+class AdapterConfig:
+    """A few trained matrices beside weights that stand still (LoRA: Hu et al., 2021)."""
+
+    kind: str = choice("none", "lora")
+    rank: int = 16
+    alpha: float = 32.0
+    """What the adapter adds is scaled by alpha / rank."""
+    dropout: float = 0.0
+    targets: Any = "all"
+    """`all`: every linear layer inside the model's layers, and the fused weights of its experts. Or a list of names of
+    modules or parameters (`[q_proj, v_proj]`)."""
+    base: str = choice("full", "4bit")
+    """`4bit`: the weights that stand still are kept in 4 bits (NF4: Dettmers et al., 2023)."""
+
+
+@dataclass
+class TrainingConfig:
+    """What every verb that trains has; its data is the verb's own."""
+
     model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
+    data: Any = None
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -239,3 +263,8 @@ class PretrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
     dry_run: bool = False
     """All proofs, one step at full size, a save, a load, a comparison, peak memory; then stop."""
+
+
+@dataclass
+class PretrainConfig(TrainingConfig):
+    data: DataConfig = field(default_factory=DataConfig)

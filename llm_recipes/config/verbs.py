@@ -41,6 +41,8 @@ class ExportConfig:
     """A run's `checkpoints/step-...` folder."""
     output: str = REQUIRED
     dtype: str = choice("bfloat16", "float16", "float32")
+    merge_adapter: bool = False
+    """Of a checkpoint that holds an adapter: add it to its base model. false: hand out the adapter alone."""
     push_to_hub: str | None = None
     """A repository's name; created private."""
     branch: str = "main"

@@ -4,7 +4,7 @@ import contextlib
 import gc
 import importlib.util
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -39,6 +39,7 @@ def started(config: EvaluateConfig) -> Iterator[tuple[list[Any], Topology]]:
     """
     need_lm_eval()
     from llm_recipes.evaluation import suites, tasks, vllm_engine  # they import lm-eval, which is an extra
+    from llm_recipes.evaluation.judge import asking, questions
 
     me = topology.launch()
     terminal.start_logging(me.rank == 0)
@@ -46,6 +47,13 @@ def started(config: EvaluateConfig) -> Iterator[tuple[list[Any], Topology]]:
     wanted = suites.load_all(config.suite, config.shots, config.items, config.data)
     for suite in wanted:
         tasks.needs_generation(suite)  # which knows every task by its name, before a model is loaded
+    judged = [suite for suite in wanted if questions.is_judged(suite)]
+    for suite in judged:
+        questions.conversations(suite)
+    if config.judges:
+        asking.need_openai()
+        if not judged:
+            raise UserError(f"judges: nothing in suite={config.suite} is judged; give suite=judge")
     vllm_engine.wanted(config)
     place = topology.start(ParallelConfig(sharding=config.sharding))
     try:
@@ -73,6 +81,11 @@ def evaluate(config: EvaluateConfig) -> None:
         if place.is_first:
             for number in range(len(wanted)):
                 results.show([each[number] for each in measured])
+    from llm_recipes.evaluation.judge.judging import problems_of
+
+    problems = problems_of([result for each in measured for result in each])
+    if problems:
+        raise UserError(f"{'; '.join(problems)}; what is judged is kept, and the same command goes on")
 
 
 def evaluate_model(
@@ -83,7 +96,8 @@ def evaluate_model(
     beat: Callable[[str], None] = lambda doing: None,
 ) -> list[dict[str, Any]]:
     """Measure one model in some suites, and write the results; on every rank. A suite already measured as it is, of
-    the same model, is left alone. The model's memory is free again afterwards.
+    the same model, is left alone; of one that is judged, answers and judgements that are there already. The model's
+    memory is free again afterwards.
 
     Args:
         wanted: suites, as `suites.load_all` gives them.
@@ -96,13 +110,20 @@ def evaluate_model(
     Raises:
         UserError: the model does not open, there is not enough memory, or the results cannot be written.
     """
-    from llm_recipes.evaluation import models, results, scoring, suites, tasks, vllm_engine
+    from llm_recipes.evaluation import models, results, suites
+    from llm_recipes.evaluation.judge import answering, judging, questions
 
     fingerprint = place.on_first(partial(results.fingerprint, subject.folder))
     done: dict[str, dict[str, Any]] = {}
     precision = place.on_first(partial(models.precision_of, subject, config.dtype, config.trust_remote_code))
     dtype = PRECISIONS[precision].compute_name
+    sessions = {
+        suite.name: answering.begin(suite, subject, fingerprint, dtype, config, place)
+        for suite in wanted if questions.is_judged(suite)
+    }  # fmt: skip
     for suite in wanted if not config.overwrite else ():
+        if suite.name in sessions:
+            continue
         digest = place.on_first(partial(suites.digest, suite))
         there = place.on_first(
             partial(results.known, subject.results, suite.name, digest, fingerprint, dtype, config.chat_template)
@@ -112,12 +133,37 @@ def evaluate_model(
             log.info("%s: %s is measured already%s (%s); overwrite=true measures it again", subject.name, suite.name,
                      lacking, results.path_of(subject.results, suite.name))  # fmt: skip
             done[suite.name] = there
-    if len(done) == len(wanted):
-        return [done[suite.name] for suite in wanted]
+    left = [suite for suite in wanted if suite.name not in done]
+    left = [suite for suite in left if suite.name not in sessions or sessions[suite.name].lacks_answers()]
+    if left:
+        done |= _measure(config, left, sessions, subject, precision, fingerprint, place, beat)
+    gc.collect()  # the model's memory, before judges are waited for
+    if place.device.type == "cuda":
+        torch.cuda.empty_cache()
+    for name, session in sessions.items():
+        done[name] = judging.judge(session, place, beat)
+    return [done[suite.name] for suite in wanted]
+
+
+def _measure(
+    config: EvaluateConfig,
+    left: Sequence[Any],
+    sessions: Mapping[str, Any],
+    subject: Any,
+    precision: str,
+    fingerprint: str,
+    place: Topology,
+    beat: Callable[[str], None],
+) -> dict[str, dict[str, Any]]:
+    """Open a model for some suites: the results of those that are measured, and answers for those that are judged."""
+    from llm_recipes.evaluation import models, results, scoring, tasks, vllm_engine
+    from llm_recipes.evaluation.judge import answering
+    from llm_recipes.evaluation.language_model import LanguageModel
+
+    done: dict[str, dict[str, Any]] = {}
     lm, tokenizer = models.open_model(subject, config, place)
     if config.chat_template and not tokenizer.chat_template:
         raise UserError(f"chat_template=true: the tokenizer of {subject.name} has no chat template")
-    left = [suite for suite in wanted if suite.name not in done]
     try:
         with contextlib.ExitStack() as stack:
             writer = None
@@ -125,6 +171,11 @@ def evaluate_model(
                 writer = stack.enter_context(vllm_engine.opened(subject, precision, config.trust_remote_code))
             for suite in left:
                 log.info("%s: %s", subject.name, suite.name)
+                if suite.name in sessions:
+                    with scoring.without_lm_evals_words():
+                        model = LanguageModel(lm, tokenizer, config.batch_tokens, beat)
+                    answering.answer(sessions[suite.name], model, writer)
+                    continue
                 measured = scoring.measure(
                     lm, tokenizer, suite, beat=beat, batch_tokens=config.batch_tokens, writer=writer,
                     chat_template=config.chat_template, trust_remote_code=config.trust_remote_code,
@@ -141,8 +192,4 @@ def evaluate_model(
             f"out of memory with {subject.name}: give a smaller batch_tokens, or sharding=full_shard on more devices",
             everywhere=False,
         ) from error
-    del lm
-    gc.collect()
-    if place.device.type == "cuda":
-        torch.cuda.empty_cache()
-    return [done[suite.name] for suite in wanted]
+    return done

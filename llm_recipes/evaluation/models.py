@@ -2,17 +2,18 @@
 
 import json
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
 
-from llm_recipes.checkpoints import manifest, shards, state
+from llm_recipes.checkpoints import adapters, manifest, shards, state
 from llm_recipes.config import EvaluateConfig, ModelConfig, ParallelConfig
 from llm_recipes.data import tokenizer as tokenizers
 from llm_recipes.errors import UserError, first_line
-from llm_recipes.folders import is_checkpoint, weight_files
+from llm_recipes.folders import is_adapter, is_checkpoint, refuse_adapter, weight_files
 from llm_recipes.models import causal, initial, loading
 from llm_recipes.models.causal import CausalLM
 from llm_recipes.models.sharding import PRECISIONS
@@ -59,6 +60,7 @@ def find(name: str, config: EvaluateConfig) -> Subject:
         folder = Path(tokenizers.resolve(name, "model", config.trust_remote_code))
         if not (folder / "config.json").is_file():
             raise UserError(f"model={name}: no model, there is no config.json in it")
+        refuse_adapter(str(folder), "model")
         weight_files(str(folder))
         own = OUTPUTS / (path.resolve().name if path.is_dir() else name.replace("/", "--"))
         return Subject(name, folder, None, own)
@@ -134,8 +136,19 @@ def open_model(subject: Subject, config: EvaluateConfig, place: Topology) -> tup
         sharding=config.sharding, precision=precision_of(subject, config.dtype, config.trust_remote_code)
     )
     tokenizer = tokenizers.open_tokenizer(str(subject.folder), config.trust_remote_code)
-    lm = causal.build(settings, parallel, place, str(subject.folder), False, seed=0)
-    if is_checkpoint(str(subject.folder)):
+    beneath = subject.folder
+    base = None
+    if is_adapter(str(subject.folder)):
+        base, beneath = place.on_first(
+            partial(adapters.base_folder, subject.folder, f"model={subject.name}", config.trust_remote_code)
+        )
+    lm = causal.build(
+        settings, parallel, place, str(beneath), False, seed=0, adapter=base and base.adapter,
+        described=str(subject.folder),
+    )  # fmt: skip
+    if is_checkpoint(str(beneath)):
+        state.read_base(lm.model, beneath)
+    if base is not None:
         state.read_model(lm.model, subject.folder)
     initial.refuse_uninitialised(lm.model, subject.folder)
     if (subject.folder / "generation_config.json").is_file() and lm.model.can_generate():

@@ -3,7 +3,6 @@
 A score that is not there is missing, with the reason: never 0, never -1, and no mean stands over it.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -13,9 +12,8 @@ from typing import Any
 
 from llm_recipes.checkpoints import manifest
 from llm_recipes.config import SuiteConfig
-from llm_recipes.data.token_file import checksum
 from llm_recipes.errors import UserError
-from llm_recipes.folders import make_folder, weight_files, write_json
+from llm_recipes.folders import make_folder, write_json
 from llm_recipes.telemetry.progress import show_table
 
 Result = dict[str, Any]
@@ -23,6 +21,7 @@ NEEDED = ("suite", "suite_digest", "model_fingerprint", "groups", "tasks", "miss
 OTHER_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+    "adapter_config.json", "base.json",
 )  # fmt: skip
 
 
@@ -40,20 +39,12 @@ def group_means(config: SuiteConfig, tasks: Mapping[str, Mapping[str, Any]]) -> 
 
 
 def fingerprint(folder: Path) -> str:
-    """16 hexadecimal digits over a model folder's weights, configuration and tokenizer. A checkpoint's manifest has
-    their checksums; elsewhere each file is read.
+    """16 hexadecimal digits over a model folder's weights, configuration and tokenizer, or an adapter's and its base's.
 
     Raises:
         UserError: no weights in it.
     """
-    names = [*map(Path, weight_files(str(folder))), *(folder / name for name in OTHER_FILES)]
-    known = {}
-    if (folder.parent / manifest.MANIFEST).is_file():
-        known = {name: entry["xxh3_128"] for name, entry in manifest.read(folder.parent)["files"].items()}
-    sums = {
-        path.name: known.get(f"{folder.name}/{path.name}") or checksum(path) for path in sorted(names) if path.is_file()
-    }
-    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:16]
+    return manifest.fingerprint(folder, OTHER_FILES)
 
 
 def path_of(folder: Path, suite: str) -> Path:

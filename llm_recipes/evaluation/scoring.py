@@ -22,6 +22,7 @@ from rich.console import Console
 
 from llm_recipes.errors import UserError, first_line
 from llm_recipes.evaluation import results, suites, tasks, texts
+from llm_recipes.evaluation.answers import read_prompts
 from llm_recipes.evaluation.language_model import LanguageModel
 from llm_recipes.evaluation.results import Result
 from llm_recipes.evaluation.suites import Suite
@@ -83,9 +84,7 @@ def measure(
             try:
                 with _shown(model, f"{suite.name}: {name}", lm.topology.is_first):
                     if entry.kind == "prompts":
-                        prompts[name] = _prompts(
-                            by, texts.read_prompts(entry.path, f"data.{name}"), entry.max_new_tokens
-                        )
+                        prompts[name] = _prompts(by, read_prompts(entry.path, f"data.{name}"), entry.max_new_tokens)
                     elif entry.kind == "bits_per_byte":
                         figures = texts.bits_per_byte(model, name, entry, trust_remote_code)
                         scored[name] = _bits_per_byte(figures, entry.group)
@@ -206,24 +205,33 @@ def _prompts(model: Any, prompts: list[str], new_tokens: int | None) -> list[dic
 
 
 @contextlib.contextmanager
+def without_lm_evals_words() -> Iterator[None]:
+    """Without what lm-eval logs, but for errors."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextlib.contextmanager
 def _as_lm_eval(seed: int) -> Iterator[None]:
     """Without what lm-eval says and draws, no processes forked by it, and with the random states it begins with;
     training's own come back afterwards."""
     before = random.getstate(), np.random.get_state()
-    logger = logging.getLogger("lm_eval")
-    level, alone = logger.level, os.environ.get("DISABLE_MULTIPROC")
-    logger.setLevel(logging.ERROR)
+    alone = os.environ.get("DISABLE_MULTIPROC")
     os.environ["DISABLE_MULTIPROC"] = "1"
     random.seed(0)
     np.random.seed(seed)
     try:
-        with torch.random.fork_rng(devices=()):
+        with without_lm_evals_words(), torch.random.fork_rng(devices=()):
             torch.manual_seed(seed)
             yield
     finally:
         random.setstate(before[0])
         np.random.set_state(before[1])
-        logger.setLevel(level)
         os.environ.pop("DISABLE_MULTIPROC")
         if alone is not None:
             os.environ["DISABLE_MULTIPROC"] = alone

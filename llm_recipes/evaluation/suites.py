@@ -108,9 +108,14 @@ def digest(suite: Suite) -> str:
             files[task_name] = [checksum(path) for path in files_of(task.path, DATA_KEY.format(task_name))]
         elif task.kind == "lm_eval":
             files[task_name] = [checksum(path) for path in definitions.files_of(task.task or task_name)]
+        elif task.kind == "judge":
+            files[task_name] = [checksum(definitions.QUESTIONS)]
     tasks = {
         name: dataclasses.asdict(dataclasses.replace(task, path=None)) for name, task in suite.config.tasks.items()
     }
+    for task_name, task in suite.config.tasks.items():
+        if task.kind != "judge":
+            del tasks[task_name]["answers"]  # which came later: what was measured before stays measured
     said = {"name": suite.name, "tasks": tasks, "seed": suite.config.seed, "files": files, "harness": harness}
     return hashlib.sha256(json.dumps(said, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
@@ -136,10 +141,11 @@ def _no_such_task(name: str, suites: Sequence[str], tasks: Any) -> str:
 
 def _limited(task: TaskConfig, shots: int | None, items: int | None) -> TaskConfig:
     """A task with other shots and at most so many items."""
-    if task.kind != "lm_eval":
+    if task.kind not in ("lm_eval", "judge"):
         return task
     fewest = min((each for each in (task.items, items) if each is not None), default=None)
-    return dataclasses.replace(task, shots=task.shots if shots is None else shots, items=fewest)
+    own = shots if shots is not None and task.kind == "lm_eval" else task.shots
+    return dataclasses.replace(task, shots=own, items=fewest)
 
 
 def _resolve(name: str, above: tuple[str, ...]) -> SuiteConfig:
@@ -181,6 +187,10 @@ def _read(file: Path) -> SuiteConfig:
         _check_numbers("", config.shots, config.items)
         for name, task in config.tasks.items():
             _check_numbers(f"tasks.{name}.", task.shots, task.items)
+            if task.answers != 1 and task.kind != "judge":
+                raise UserError(
+                    f"tasks.{name}.answers={task.answers}: only a task of kind judge is asked several times"
+                )
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
     except OmegaConfBaseException as error:

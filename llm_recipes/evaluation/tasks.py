@@ -67,7 +67,7 @@ def open_tasks(
     with _quiet():
         for name, entry in suite.config.tasks.items():
             if entry.kind != "lm_eval":
-                if entry.path is None:
+                if entry.path is None and entry.kind in NEEDED:
                     missing[name] = f"no data: {DATA_KEY.format(name)}=PATH, {NEEDED[entry.kind]}"
                 continue
             settings = _settings(suite, name, entry)
@@ -106,7 +106,7 @@ def needs_generation(suite: Suite) -> list[str]:
     found = []
     with _quiet():
         for name, entry in suite.config.tasks.items():
-            if entry.kind == "prompts":
+            if entry.kind in ("prompts", "judge"):
                 found.append(name)
             elif entry.kind == "lm_eval":
                 settings = _settings(suite, name, entry)

@@ -1,6 +1,5 @@
-"""Texts of the user's that a model is measured on: held-out ones for bits per byte, and prompts."""
+"""Texts of the user's that a model is measured on, for bits per byte."""
 
-import json
 import math
 import tempfile
 from functools import partial
@@ -79,28 +78,3 @@ def open_held_out(model: LanguageModel, name: str, path: Any) -> ValidationSet:
     where = f"data.{name}"
     files = sources.open_files(sources.prefixes(path, where), where, facts, DataConfig())
     return ValidationSet(name, files, min(WINDOW, model.max_length), None, facts, pack=False)
-
-
-def read_prompts(path: Any, where: str) -> list[str]:
-    """A text file with a prompt to a line, or JSONL with `prompt`.
-
-    Raises:
-        UserError: it cannot be read, or holds none.
-    """
-    file = Path(str(path))
-    try:
-        lines = [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}={path}: not UTF-8 (at byte {error.start + 1})") from error
-    except OSError as error:
-        raise UserError(f"{where}={path}: cannot be read ({error.strerror})") from error
-    if file.suffix != ".jsonl":
-        prompts = lines
-    else:
-        try:
-            prompts = [json.loads(line)["prompt"] for line in lines]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{where}={path}: JSONL with 'prompt' is expected ({error})") from error
-    if not prompts or not all(isinstance(each, str) and each for each in prompts):
-        raise UserError(f"{where}={path}: no prompts in it")
-    return prompts

@@ -16,6 +16,7 @@ from llm_recipes.checkpoints.export import export
 from llm_recipes.config import EvaluateConfig, ExportConfig
 from llm_recipes.errors import UserError
 from llm_recipes.evaluation.models import Subject
+from llm_recipes.folders import is_adapter
 from llm_recipes.models import topology
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -46,7 +47,8 @@ def opened(subject: Subject, precision: str, trust_remote_code: bool) -> Iterato
         folder = subject.folder
         if subject.checkpoint is not None:
             folder = Path(place) / "model"
-            export(ExportConfig(str(subject.checkpoint), str(folder), DTYPES[precision]))
+            merge = is_adapter(str(subject.folder))
+            export(ExportConfig(str(subject.checkpoint), str(folder), DTYPES[precision], merge_adapter=merge))
         free, total = torch.cuda.mem_get_info()
         yield VLLM(
             pretrained=str(folder),

@@ -3,6 +3,7 @@
 What is not there is absent, never 0: an unmeasured score, an unfinished job's last step.
 """
 
+import json
 import math
 import os
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from llm_recipes.errors import UserError
+from llm_recipes.errors import UserError, first_line
 from llm_recipes.folders import read_json
 from llm_recipes.reporting.scores import Score, scores_in
 from llm_recipes.telemetry import metrics
@@ -21,7 +22,7 @@ from llm_recipes.training.folder import flat
 
 Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """libyaml's where PyYAML has it: a hundred configurations would else take seconds."""
-NOT_RUNS = {"checkpoints", "evaluations", "base", "wandb"}
+NOT_RUNS = {"checkpoints", "evaluations", "answers", "prepared", "base", "wandb"}
 """Folders below a run, or beside one, that hold no runs."""
 
 
@@ -73,6 +74,7 @@ class Run:
         validations: by step and set, `bits_per_byte` and `nats_per_token`.
         evaluations: by step and suite, as `metrics.jsonl` has them.
         results: by step and suite, the result files.
+        answers: by step, to the run's prompts (`evaluation.answers`).
         rows: all of `metrics.jsonl` as it was written.
     """
 
@@ -85,6 +87,7 @@ class Run:
     validations: dict[int, dict[str, dict[str, Any]]] = field(default_factory=dict)
     evaluations: dict[int, dict[str, dict[str, Any]]] = field(default_factory=dict)
     results: dict[int, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    answers: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
     launches: list[Launch] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
 
@@ -194,7 +197,20 @@ def read_run(folder: Path, name: str) -> Run:
     for path in sorted((folder / "evaluations").glob("step-*")):
         if path.is_dir() and path.name[5:].isdecimal() and (results := results_in(path)):
             run.results[int(path.name[5:])] = results
+    for path in sorted((folder / "answers").glob("step-*.jsonl")):
+        if path.stem[5:].isdecimal():
+            run.answers[int(path.stem[5:])] = _lines(path)
     return run
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({first_line(error)}); remove it") from error
+    if not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{path}: damaged (a line of it is no JSON object); remove it")
+    return rows
 
 
 def _sort(run: Run) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from llm_recipes.folders import read_json
 from llm_recipes.reporting import run_figures
 from llm_recipes.reporting.course import goodput, what
+from llm_recipes.reporting.judge import judge_section
 from llm_recipes.reporting.page import Cell, Page, now, numeral, text
 from llm_recipes.reporting.reading import Run, base_results, number
 from llm_recipes.reporting.scores import Score, scores_in
@@ -14,7 +15,13 @@ from llm_recipes.reporting.tasks import task_table
 from llm_recipes.reporting.texts import Texts, amount, figure, shown
 from llm_recipes.telemetry.progress import duration
 
+CUT = "max_new_tokens"
+"""How an answer ended that had not ended; `evaluation.answers` imports torch."""
 SHOWN_EVENTS, SHOWN_PROMPTS = 200, 400
+SHOWN_ANSWERS = 8
+"""Steps whose answers stand side by side."""
+FOLDED = 160
+"""Characters of an answer, past which it is folded."""
 QUIET = ("checkpoint", "first_step")
 """Events that come again and again and mean that all is well."""
 
@@ -50,7 +57,9 @@ def run_page(run: Run, language: str) -> Page:
             for step in sorted(results) if suite in results[step]
         ]  # fmt: skip
         task_table(page, suite, columns)
+        judge_section(page, suite, columns)
         _completions(page, columns)
+    _answers(page, run)
     _events(page, run)
     _made_of(page, run)
     return page
@@ -120,6 +129,39 @@ def _completions(page: Page, columns: list[tuple[str, dict[str, Any]]]) -> None:
     page.table([say("prompt"), say("step"), say("completion"), *names], rows[:SHOWN_PROMPTS])
     if len(rows) > SHOWN_PROMPTS:
         page.note(say("and_more", count=len(rows) - SHOWN_PROMPTS))
+
+
+def _answers(page: Page, run: Run) -> None:
+    """What the model answered to each of the run's prompts, its steps side by side."""
+    if not run.answers:
+        return
+    say, there = page.say, sorted(run.answers)
+    most = min(SHOWN_ANSWERS, len(there))
+    steps = [there[round(at * (len(there) - 1) / max(most - 1, 1))] for at in range(most)]
+    prompts = dict.fromkeys(str(row.get("prompt")) for step in steps for row in run.answers[step])
+    rows: list[list[Cell | str | None]] = []
+    for prompt in prompts:
+        said = [next((row for row in run.answers[step] if str(row.get("prompt")) == prompt), None) for step in steps]
+        rows.append([Cell(text(prompt), "long narrow name"), *(_said(say, row) for row in said)])
+    page.section(say("answers"))
+    names = [say("base") if step == 0 else f"{say('step')} {step:,}" for step in steps]
+    page.table([say("prompt"), *names], rows[:SHOWN_PROMPTS])
+    if len(rows) > SHOWN_PROMPTS:
+        page.note(say("and_more", count=len(rows) - SHOWN_PROMPTS))
+    if len(there) > most:
+        page.note(say("answers_between", count=len(there) - most, path=run.folder / "answers"))
+
+
+def _said(say: Texts, row: dict[str, Any] | None) -> Cell | None:
+    """An answer, folded where it is long, and how long it was."""
+    if row is None:
+        return None
+    answer, count = str(row.get("answer", "")), row.get("tokens", 0)
+    whole = text(answer)
+    if len(answer) > FOLDED:
+        whole = f"<details><summary>{text(answer[:FOLDED])} …</summary>{whole}</details>"
+    ended = say("answer_cut" if row.get("ended") == CUT else "answer_tokens", count=count)
+    return Cell(f"{whole}<small>{text(ended)}</small>", "long answered")
 
 
 def _per_byte(entry: dict[str, Any]) -> list[Cell | None]:

@@ -4,6 +4,7 @@ from typing import Any
 
 from llm_recipes.reporting import figures
 from llm_recipes.reporting.figures import Trace
+from llm_recipes.reporting.judge import judge_section
 from llm_recipes.reporting.page import Cell, Page, now, numeral, text
 from llm_recipes.reporting.reading import number
 from llm_recipes.reporting.rule import better
@@ -47,6 +48,9 @@ def runs_page(runs: Runs, language: str, table: str) -> Page:
         page.figures([(say("loss_curves"), {"data": losses, "layout": drawn}, say("thinned"))], wide=True)
     page.section(say("all_runs"))
     _table(page, runs)
+    last = [(run.name, run.results[max(run.results)]) for run in runs.runs if run.results]
+    for suite in dict.fromkeys(suite for _, results in last for suite in results):
+        judge_section(page, suite, [(name, results[suite]) for name, results in last if suite in results])
     return page
 
 

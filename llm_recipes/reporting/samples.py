@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llm_recipes.config import PretrainConfig, ReportConfig
-from llm_recipes.data import sources as corpora
+from llm_recipes.config import ReportConfig, TrainingConfig
 from llm_recipes.data import tokenizer as tokenizers
-from llm_recipes.data.stream import Samples
+from llm_recipes.data.documents import IGNORE
 from llm_recipes.errors import UserError
 from llm_recipes.telemetry.progress import console
 from llm_recipes.training import rollback
@@ -23,11 +22,11 @@ def show_samples(folder: Path, found: Sequence[dict[str, Any]], asked: ReportCon
     positions = positions_of(config, found, asked, [each.skipped for each in rollback.read(folder / "rollbacks.json")])
     base = tokenizers.resolve(config.model.path, "model.path", config.model.trust_remote_code)
     tokenizer = tokenizers.open_tokenizer(base, config.model.trust_remote_code)
-    from llm_recipes.training.run import open_data
+    from llm_recipes.training.data import open_data
 
     data = open_data(config, base, ranks=1)
     starts = json.loads((folder / "stages.json").read_text(encoding="utf-8"))
-    samples = Samples(data.sources, corpora.mix(data.sources, config.data, starts), config.data.mask_documents)
+    samples = data.read(data.mix(starts))
     for position in positions[: asked.limit]:
         arrays, place = samples.sample(position), samples.mixture.place(position)
         name = samples.mixture.names[place.source]
@@ -35,6 +34,8 @@ def show_samples(folder: Path, found: Sequence[dict[str, Any]], asked: ReportCon
         ids, documents = arrays["input_ids"], arrays["document_ids"]
         for document in dict.fromkeys(documents.tolist()):
             own = (documents == document).nonzero()[0]
+            if (arrays["targets"][own] == IGNORE).all():  # padding
+                continue
             last = int(arrays["targets"][own[-1]])
             tokens = ids[own].tolist() + ([last] if last >= 0 else [])
             console.print(f"  | {tokenizer.decode(tokens)}", markup=False)
@@ -43,7 +44,7 @@ def show_samples(folder: Path, found: Sequence[dict[str, Any]], asked: ReportCon
 
 
 def positions_of(
-    config: PretrainConfig,
+    config: TrainingConfig,
     found: Sequence[dict[str, Any]],
     asked: ReportConfig,
     skipped: Sequence[tuple[int, int]],

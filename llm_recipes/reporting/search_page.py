@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from llm_recipes.reporting import search_figures
+from llm_recipes.reporting.judge import judge_section
 from llm_recipes.reporting.page import Cell, Page, now, numeral, text
 from llm_recipes.reporting.reading import Run, number
 from llm_recipes.reporting.scores import VALIDATION, Score
@@ -278,4 +279,6 @@ def _task_tables(page: Page, search: Search) -> None:
     ordered = sorted(search.runs, key=lambda run: run is not search.winner)
     models += [(search.label(run), run.results.get(search.step or -1, {})) for run in ordered]
     for suite in dict.fromkeys(suite for _, results in models for suite in results):
-        task_table(page, suite, [(name, results[suite]) for name, results in models if suite in results])
+        columns = [(name, results[suite]) for name, results in models if suite in results]
+        task_table(page, suite, columns)
+        judge_section(page, suite, columns)

@@ -17,7 +17,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from llm_recipes.config import PretrainConfig
+from llm_recipes.config import TrainingConfig
 from llm_recipes.config.search import USUAL_KEEP
 from llm_recipes.errors import UserError, as_user_error, first_line
 from llm_recipes.folders import read_json, write_json
@@ -92,7 +92,7 @@ class Job:
 
     root: Path
     values: dict[str, Any]
-    config: PretrainConfig
+    config: TrainingConfig
     settings: dict[str, Any]
     arguments: list[str]
 
@@ -137,7 +137,7 @@ def known(path: Path) -> dict[str, Any]:
     return found
 
 
-def place(config: PretrainConfig, given: Mapping[str, Any], arguments: list[str], swept: Iterable[str]) -> Job:
+def place(config: TrainingConfig, given: Mapping[str, Any], arguments: list[str], swept: Iterable[str]) -> Job:
     """The job that a configuration is, in the search that it belongs to; its run gets its folder there.
 
     Args:
@@ -178,7 +178,7 @@ def quoted(text: str) -> str:
     return QuotedString(text, Quote.double).with_quotes()
 
 
-def to_settings(config: PretrainConfig) -> dict[str, Any]:
+def to_settings(config: TrainingConfig) -> dict[str, Any]:
     """A configuration as plain values."""
     settings: dict[str, Any] = OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[assignment]
     return settings
@@ -200,7 +200,7 @@ def _refuse_another_search(root: Path, said: dict[str, Any], keys: list[str], jo
         raise UserError(f"{root} is another experiment's search: {shown_keys}; give another search.name")
 
 
-def write_down(job: Job, config: PretrainConfig, command: str) -> None:
+def write_down(job: Job, config: TrainingConfig, command: str) -> None:
     """Keep what the search is; keys that come later join it."""
     path = job.root / SEARCH
     before = known(path)

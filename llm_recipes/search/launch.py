@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict, read_write
 
-from llm_recipes.config import PretrainConfig
+from llm_recipes.config import TrainingConfig
 from llm_recipes.errors import UserError
 from llm_recipes.models import topology
 from llm_recipes.search import jobs
@@ -70,7 +70,7 @@ class Launch:
             "command": self.command(job.arguments, ranks),
         }  # fmt: skip
 
-    def job(self, composed: DictConfig | None = None, config: PretrainConfig | None = None) -> jobs.Job:
+    def job(self, composed: DictConfig | None = None, config: TrainingConfig | None = None) -> jobs.Job:
         """The job that a configuration is, as Hydra has composed it; without one the job that runs now.
 
         Raises:

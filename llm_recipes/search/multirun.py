@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 
-from llm_recipes.config import PretrainConfig
+from llm_recipes.config import TrainingConfig
 from llm_recipes.errors import EXIT_STATUS, as_user_error
 from llm_recipes.models import topology
 from llm_recipes.search import jobs
@@ -21,7 +21,7 @@ from llm_recipes.training.lock import Lock
 SECONDS_FOR_RANK_0 = 20
 
 
-def run(launch: Launch, config: PretrainConfig) -> None:
+def run(launch: Launch, config: TrainingConfig) -> None:
     """Run one job here, and mark what becomes of it.
 
     Raises:

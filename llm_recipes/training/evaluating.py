@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_recipes.checkpoints import manifest
-from llm_recipes.config import EvaluateConfig, EvaluationConfig, PretrainConfig
+from llm_recipes.config import EvaluateConfig, EvaluationConfig, TrainingConfig
 from llm_recipes.data import tokenizer as tokenizers
 from llm_recipes.errors import UserError
 from llm_recipes.evaluation.evaluate import evaluate_model, need_lm_eval, started
@@ -84,7 +84,7 @@ class Evaluator:
 
     def __init__(
         self,
-        config: PretrainConfig,
+        config: TrainingConfig,
         suites: list[Any],
         place: Topology,
         folder: RunFolder,
@@ -101,6 +101,8 @@ class Evaluator:
         if not (self.suites and self.config.evaluation.base and self.config.model.init == "pretrained"):
             return
         mark = self._fingerprint(self.base)
+        if self.config.adapter.base != "full":
+            mark += f"-{self.config.adapter.base}"  # rounded, it is another model
         where = Path(self.config.run.dir) / "base" / mark
         for suite in self.suites:
             result = self._known(where, suite, mark)
@@ -267,7 +269,7 @@ def _measured(config: EvaluateConfig, wanted: list[Any], subject: Any, place: To
         results.show([each])
 
 
-def _as_they_come(run: Path, settings: PretrainConfig, place: Topology) -> Iterator[Path]:
+def _as_they_come(run: Path, settings: TrainingConfig, place: Topology) -> Iterator[Path]:
     """The checkpoints of a run that are to be measured, oldest first, on every rank."""
     done: set[tuple[str, str]] = set()
     while True:
@@ -281,7 +283,7 @@ def _as_they_come(run: Path, settings: PretrainConfig, place: Topology) -> Itera
             time.sleep(LOOKS_EVERY)
 
 
-def _there(run: Path, settings: PretrainConfig) -> tuple[list[tuple[Path, str]], bool]:
+def _there(run: Path, settings: TrainingConfig) -> tuple[list[tuple[Path, str]], bool]:
     """The checkpoints that are to be measured and there by now, with what their weights are known by (after a rollback
     a step comes a second time); whether the run has ended."""
     from llm_recipes.evaluation import results
@@ -307,7 +309,7 @@ def _has_ended(run: Path) -> bool:
     return told[-1:] == ["finish"]
 
 
-def _hand_over_the_rest(run: Path, settings: PretrainConfig) -> None:
+def _hand_over_the_rest(run: Path, settings: TrainingConfig) -> None:
     """What came after the run's last look, and before it had left its folder."""
     lock = Lock(run)
     while _has_ended(run) and lock.is_taken():
@@ -315,7 +317,7 @@ def _hand_over_the_rest(run: Path, settings: PretrainConfig) -> None:
     _hand_over(run, settings)
 
 
-def _hand_over(run: Path, settings: PretrainConfig) -> None:
+def _hand_over(run: Path, settings: TrainingConfig) -> None:
     """Bring results into the metrics of a run that nobody writes; one that is alive looks for itself."""
     lock = Lock(run)
     if lock.is_taken():

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from llm_recipes.checkpoints import manifest
-from llm_recipes.config import PretrainConfig
+from llm_recipes.config import InstructConfig, PretrainConfig, TrainingConfig
 from llm_recipes.errors import UserError
 from llm_recipes.folders import make_folder, remove_folders
 from llm_recipes.telemetry import metrics
@@ -26,11 +26,19 @@ log = logging.getLogger(__name__)
 
 MAY_CHANGE = (
     "train.stop_at", "train.micro_batch_size", "logging", "checkpoint", "validation", "evaluation", "search", "guard",
-    "run", "dry_run", "data.workers", "data.verify", "data.validation", "data.accept_tokenizer",
+    "run", "dry_run", "data.workers", "data.verify", "data.validation", "data.accept_tokenizer", "data.preview",
+    "data.preview_rows", "data.prepared",
     "parallel.sharding", "parallel.replicas", "parallel.reduce", "parallel.cpu_offload", "parallel.timeout_seconds",
     "model.activation_checkpointing", "model.compile", "model.attention", "model.shape",
 )  # fmt: skip
 """Keys that do not decide what a run learns, or only how fast."""
+
+
+DECIDE_SAMPLES = (
+    "data.seq_len", "data.mask_documents", "data.packing", "data.template", "data.train_on", "data.on_rewrite",
+    "data.too_long",
+)  # fmt: skip
+"""Keys that decide what a sample is: with another value, no position means what it meant."""
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -88,13 +96,19 @@ def _saved(path: Path) -> Any:
         UserError: it cannot be read.
     """
     try:
-        return OmegaConf.merge(OmegaConf.structured(PretrainConfig), OmegaConf.load(path))
+        said = OmegaConf.load(path)
+        return OmegaConf.merge(OmegaConf.structured(_schema(said)), said)
     except Exception as error:
         reason = f"cannot be read ({type(error).__name__})"
         raise UserError(f"{path}: {reason}; bring it back, or give another run.name") from error
 
 
-def saved_config(run: Path) -> PretrainConfig:
+def _schema(said: Any) -> type[TrainingConfig]:
+    """A run's verb is known by its data."""
+    return InstructConfig if "train_on" in said["data"] else PretrainConfig
+
+
+def saved_config(run: Path) -> TrainingConfig:
     """The configuration of the run in a folder.
 
     Raises:
@@ -104,7 +118,7 @@ def saved_config(run: Path) -> PretrainConfig:
     if not path.is_file():
         raise UserError(f"{run}: no run there (a folder with config.yaml)")
     config = OmegaConf.to_object(_saved(path))
-    assert isinstance(config, PretrainConfig)
+    assert isinstance(config, TrainingConfig)
     return config
 
 
@@ -113,10 +127,11 @@ class RunFolder:
 
     Args:
         config: the run's configuration.
+        model_files: text of further files for each checkpoint's model folder, by name.
     """
 
-    def __init__(self, config: PretrainConfig) -> None:
-        self.config = config
+    def __init__(self, config: TrainingConfig, model_files: Mapping[str, str] | None = None) -> None:
+        self.config, self.model_files = config, dict(model_files or {})
         self.path = Path(config.run.dir) / config.run.name
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
@@ -219,7 +234,7 @@ class RunFolder:
         changed = changed_keys(old, self.settings)
         before, after = flat(old), flat(self.settings)
         shown = ", ".join(f"{key} ({before.get(key)} -> {after.get(key)})" for key in changed[:6])
-        samples = [key for key in changed if key in ("data.seq_len", "data.mask_documents")]
+        samples = [key for key in changed if key in DECIDE_SAMPLES]
         if samples and manifest.checkpoints(self.checkpoints):
             raise UserError(
                 f"{self.path}: {samples[0]} decides what a sample is, and the run has seen some ({shown}); give "
@@ -266,6 +281,7 @@ class RunFolder:
         """What each checkpoint takes along of its run: JSON, like all that is in it."""
         names = ("environment.json", "plan.json", "licences.json")
         kept = {name: (self.path / name).read_text(encoding="utf-8") for name in names if (self.path / name).exists()}
+        kept |= {f"model/{name}": text for name, text in self.model_files.items()}
         return kept | {"config.json": json.dumps(self.settings, ensure_ascii=False, indent=2) + "\n"}
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from llm_recipes.checkpoints.saving import Saver
-from llm_recipes.data.stream import Batch
+from llm_recipes.data.stream import Batch, with_counted
 from llm_recipes.training import optimizer as optim
 from llm_recipes.training.guard import FINE, Guard
 from llm_recipes.training.objective import Models, Objective
@@ -115,7 +115,7 @@ def train(run: Training, stop: int) -> Iterator[Step]:
         step = run.progress.step
         run.watch.beat(f"reading the data of step {step + 1}")
         started = time.perf_counter()
-        micro_batches = [to_device(batch, topology.device) for batch in next(run.batches)]
+        micro_batches = [to_device(with_counted(batch), topology.device) for batch in next(run.batches)]
         for_data = time.perf_counter() - started
         run.watch.beat(f"step {step + 1}")
         seed_step(run.seed, step, topology.data_rank)

@@ -19,14 +19,24 @@ SLICE = 64
 """Tokens on which the head is compared: few, so that the proof does not need the memory that it saves."""
 
 
-def isolate_documents(lm: CausalLM, wanted: bool) -> None:
+WITHOUT = {
+    "data.mask_documents": "to train over document boundaries",
+    "data.packing": "for a window to each conversation",
+}
+"""What comes of a key that keeps documents apart when it is false."""
+
+
+def isolate_documents(lm: CausalLM, wanted: bool, key: str = "data.mask_documents") -> None:
     """Find the way of masking that keeps this model's documents apart, and use it.
+
+    Args:
+        key: in the configuration, that says what is wanted.
 
     Raises:
         UserError: none does, with the choice that is left.
     """
     if not wanted:
-        log.info("documents: not masked (data.mask_documents=false), attention runs over the whole window")
+        log.info("documents: %s=false, attention runs over the whole window", key)
         return
     tried = []
 
@@ -63,9 +73,8 @@ def isolate_documents(lm: CausalLM, wanted: bool) -> None:
             return
         tried.append(f"{masking.WAYS[way]}: leak {found.leak:.2g}, alone differs by {found.apart:.2g}")
     raise UserError(
-        f"data.mask_documents=true: this model ({lm.model.config.model_type}) cannot keep documents in a window apart "
-        f"({'; '.join(tried) or 'no way to try'}); set data.mask_documents=false to train over document boundaries, "
-        "or try another model.attention"
+        f"{key}=true: this model ({lm.model.config.model_type}) cannot keep documents in a window apart "
+        f"({'; '.join(tried) or 'no way to try'}); set {key}=false {WITHOUT[key]}, or try another model.attention"
     )
 
 
@@ -79,7 +88,8 @@ def head_equals_logits(lm: CausalLM, batch: Batch) -> None:
         log.info("head: the model's own logits (its output head is not a plain linear layer)")
         return
     short = {key: value[:1, :SLICE] if value.ndim == 2 else value[:1] for key, value in batch.items()}
-    targets = short["targets"]
+    # Any targets will do, and a conversation begins with many that are none: on those nothing would be compared.
+    targets = short["targets"] = short["input_ids"]
     with lm.evaluating():
         shape = (*targets.shape, lm.vocabulary)
         planted = torch.linspace(-80, 80, math.prod(shape), device=targets.device).to(lm.precision.compute).view(shape)

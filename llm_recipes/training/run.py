@@ -5,28 +5,28 @@ import logging
 import os
 import time
 from collections.abc import Generator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llm_recipes import checks
-from llm_recipes.checkpoints import manifest, state
-from llm_recipes.config import PretrainConfig
+from llm_recipes.checkpoints import adapters, manifest, state
+from llm_recipes.config import InstructConfig, PretrainConfig, TrainingConfig
 from llm_recipes.data import sources as corpora
 from llm_recipes.data import tokenizer as tokenizers
 from llm_recipes.data.stream import Batch, GlobalBatches, Samples
-from llm_recipes.data.validation import ValidationSet, open_validation
 from llm_recipes.errors import UserError
-from llm_recipes.folders import is_checkpoint, weight_files
+from llm_recipes.evaluation.answers import Asked
+from llm_recipes.folders import is_checkpoint, refuse_adapter, weight_files
 from llm_recipes.models import causal, initial, loading, topology
+from llm_recipes.models.adapter import refuse_what_is_missing, warn_of_sums
 from llm_recipes.models.causal import CausalLM
 from llm_recipes.telemetry import progress as terminal
 from llm_recipes.telemetry.events import tell
-from llm_recipes.training import evaluating, proofs, rollback, schedule, trainable
+from llm_recipes.training import answering, evaluating, preview, proofs, rollback, schedule, trainable
 from llm_recipes.training import optimizer as optim
+from llm_recipes.training.data import Data, open_data
 from llm_recipes.training.dry_run import dry_run
 from llm_recipes.training.folder import RunFolder
 from llm_recipes.training.guard import Guard
@@ -39,73 +39,6 @@ from llm_recipes.training.watch import early_signals
 log = logging.getLogger(__name__)
 
 
-@dataclass
-class Data:
-    """The corpora of a run, opened before any GPU is used."""
-
-    sources: list[corpora.Source]
-    validation: list[ValidationSet]
-    spans: schedule.BatchSpans
-    steps: int
-    stop: int
-    first_new_row: int
-    """The vocabulary's first row that trains."""
-
-    @property
-    def samples(self) -> int:
-        """Of the whole horizon."""
-        return self.spans.position(self.steps)
-
-
-def open_data(config: PretrainConfig, folder: str, ranks: int) -> Data:
-    """Open and check everything that needs no GPU.
-
-    Raises:
-        UserError: what does not fit, and where.
-    """
-    own = loading.open_config(config.model, folder)
-    first_new_row = trainable.first_new_row(config, own)
-    tokenizer = tokenizers.open_tokenizer(folder, config.model.trust_remote_code)
-    facts = corpora.TokenizerFacts(
-        fingerprint=tokenizers.fingerprint(tokenizer),
-        vocab_size=loading.vocabulary_size(own),
-        eod=tokenizer.eos_token_id,
-        bos=tokenizers.bos_of(tokenizer, config.data.bos),
-        bos_policy=config.data.bos,
-        bos_token=tokenizer.bos_token_id,
-    )
-    # By name: the order in which they are written down decides nothing.
-    sources = sorted(corpora.open_sources(config.data, facts), key=lambda source: source.name)
-    windows = sum(len(source.windows) for source in sources)
-    if windows < ranks:
-        raise UserError(
-            f"{ranks} processes and {windows} samples of {config.data.seq_len} tokens: start fewer processes"
-        )
-    size, warmup = config.train.global_batch_size, config.train.batch_warmup
-    spans = schedule.BatchSpans(size, warmup)
-    if config.train.steps is not None:
-        steps = config.train.steps
-    else:
-        assert config.train.epochs is not None  # checks.check saw to it
-        wanted = round(config.train.epochs * windows)
-        steps = -(-wanted // size)
-        if warmup.start is not None and steps <= checks.LARGEST:
-            more = range(max(steps, 1), wanted + 2)
-            steps = next(n for n in more if spans.position(n) >= wanted)
-    if steps < 1:
-        raise UserError(f"train.epochs={config.train.epochs}: less than one step of the {windows} samples there are")
-    checks.check_horizon(config, steps, f"train.epochs={config.train.epochs}" if config.train.epochs else "train.steps")
-    schedule.refuse_remainder(spans, ranks, config.train.micro_batch_size)
-    return Data(
-        sources=sources,
-        validation=open_validation(config.data.validation, config.data, facts),
-        spans=spans,
-        steps=steps,
-        stop=config.train.stop_at or steps,
-        first_new_row=first_new_row,
-    )
-
-
 def pretrain(config: PretrainConfig) -> str | None:
     """Run, or continue, the training that a configuration describes.
 
@@ -115,10 +48,19 @@ def pretrain(config: PretrainConfig) -> str | None:
     Raises:
         UserError: a mistake in the configuration, the model folder or the data.
     """
+    return _start(config)
+
+
+def instruct(config: InstructConfig) -> str | None:
+    """Run, or continue, the instruction tuning that a configuration describes. As `pretrain`, on conversations."""
+    return _start(config)
+
+
+def _start(config: TrainingConfig) -> str | None:
     me = topology.launch()
     try:
         with early_signals():
-            return _pretrain(config, me)
+            return _train(config, me)
     except Exception as error:
         if me.rank == 0 and config.run.on_event is not None:
             folder = RunFolder(config).path
@@ -127,7 +69,7 @@ def pretrain(config: PretrainConfig) -> str | None:
         raise
 
 
-def _pretrain(config: PretrainConfig, me: topology.Launch) -> str | None:
+def _train(config: TrainingConfig, me: topology.Launch) -> str | None:
     terminal.start_logging(me.rank == 0)
     loading.quiet_libraries()
     if config.train.deterministic:
@@ -135,13 +77,16 @@ def _pretrain(config: PretrainConfig, me: topology.Launch) -> str | None:
         os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")
         torch.use_deterministic_algorithms(True)
     base = tokenizers.resolve(config.model.path, "model.path", config.model.trust_remote_code)
-    data = open_data(config, base, me.ranks)
+    data = open_data(config, base, me.ranks, me.rank == 0)
     suites = evaluating.open_suites(config.evaluation)
+    prompts = answering.open_prompts(config, data, Path(base))
+    refuse_adapter(base, "model.path")
+    refuse_what_is_missing(config.adapter)
     if config.model.init == "pretrained":
         weight_files(base)
     place = topology.start(config.parallel)
     try:
-        why = _Run(config, data, suites, Path(base), place).go()
+        why = _Run(config, data, suites, prompts, Path(base), place).go()
     except UserError as error:
         if error.everywhere:
             topology.stop()
@@ -155,10 +100,17 @@ class _Run:
     """The parts of a run, put together in `go`."""
 
     def __init__(
-        self, config: PretrainConfig, data: Data, suites: list[Any], base: Path, place: topology.Topology
+        self,
+        config: TrainingConfig,
+        data: Data,
+        suites: list[Any],
+        prompts: Asked | None,
+        base: Path,
+        place: topology.Topology,
     ) -> None:
-        self.config, self.data, self.suites, self.base, self.place = config, data, suites, base, place
-        self.folder = RunFolder(config)
+        self.config, self.data, self.base, self.place = config, data, base, place
+        self.suites, self.prompts = suites, prompts
+        self.folder = RunFolder(config, data.model_files)
         self.lock = Lock(self.folder.path)
         self.names = [source.name for source in data.sources]
 
@@ -172,22 +124,30 @@ class _Run:
     def _go(self) -> str | None:
         config, place = self.config, self.place
         starts, self.folder.id, account = place.on_first(self._open_folder)
-        mixture = corpora.mix(self.data.sources, config.data, starts)
+        mixture = self.data.mix(starts)
         plan = corpora.describe(corpora.plan(self.data.sources, mixture, self.data.samples))
         self._show_plan(plan)
         found = self._checkpoint_to_resume()
+        beneath = None
+        if config.adapter.kind != "none":
+            beneath = place.on_first(partial(adapters.base_of, config.model.path, self.base, config.adapter))
+        if found is not None:
+            adapters.refuse_another_base(found, beneath)
         lm = causal.build(
-            config.model, config.parallel, place, str(self.base), config.data.mask_documents, config.train.seed,
-            weights=found is None,
+            config.model, config.parallel, place, str(self.base), self.data.separate, config.train.seed,
+            weights=found is None, adapter=config.adapter,
         )  # fmt: skip
+        adapters.remember(lm.model, beneath)
+        warn_of_sums(lm.model, config.model.activation_checkpointing)
         if lm.precision.storage != torch.float32:
             log.warning(
                 "parallel.precision=%s: weights and Adam's moments are kept in it too; an update of less than a 256th "
                 "of a weight is rounded away (bf16-mixed keeps them in fp32)",
                 lm.precision.name,
             )
-        if found is None and config.model.init == "pretrained" and is_checkpoint(str(self.base)):
-            state.read_model(lm.model, self.base)
+        wanted = found is None or beneath is not None
+        if wanted and config.model.init == "pretrained" and is_checkpoint(str(self.base)):
+            place.together(partial(state.read_base, lm.model, self.base))
         trained = trainable.choose(lm, config.train.trainable, self.data.first_new_row)
         scale = optim.LossScale(lm.precision.scales_loss, place.device)
         training = Training(
@@ -212,9 +172,11 @@ class _Run:
             log.info("resumed from %s: step %d, next sample %d", found, kept["step"], kept["position"])
         read_from = found or (self.base if config.model.init == "pretrained" else None)
         place.together(lambda: initial.refuse_uninitialised(lm.model, read_from))
-        samples = Samples(self.data.sources, mixture, config.data.mask_documents)
+        samples = self.data.read(mixture)
         step = training.progress.step
         self._prove(lm, samples, step)
+        if self._previewed(lm, fresh=found is None):
+            return None
         batches = partial(self._batches, samples, lm)
         if config.dry_run:
             with contextlib.closing(batches(step, step + 1)) as training.batches:
@@ -222,9 +184,19 @@ class _Run:
             return None
         place.on_first(partial(self._begin_folder, starts, plan))
         return Trainer(
-            config, place, self.folder, self.lock, training, mixture, self.data.validation, self.data.steps,
-            self.data.stop, batches, self.base, self.suites, account,
+            config, place, self.folder, self.lock, training, mixture, self.data.validate, self.data.steps,
+            self.data.stop, batches, self.base, self.suites, self.prompts, account,
         ).go(fresh=found is None)  # fmt: skip
+
+    def _previewed(self, lm: CausalLM, fresh: bool) -> bool:
+        """Show what would be trained on, where a run on conversations begins; whether that was all that is wanted."""
+        config, chats = self.config, self.data.conversations
+        if not isinstance(config, InstructConfig) or chats is None:
+            return False
+        if config.data.preview or (fresh and not config.dry_run):
+            untouched = lm if fresh and config.model.init == "pretrained" else None
+            preview.preview(config, chats, untouched, self.place, self.base, self.folder.path, self.data.separate)
+        return config.data.preview
 
     def _batches(self, samples: Samples, lm: CausalLM, start: int, stop: int) -> Generator[list[Batch], None, None]:
         batches = GlobalBatches(
@@ -241,12 +213,13 @@ class _Run:
 
     def _open_folder(self) -> tuple[list[int], str, list[rollback.Rollback]]:
         """Where the mixture's stages start, which run this is, and how often it has gone back."""
-        wanted = corpora.stage_starts(self.config.data, self.data.samples)
+        wanted = self.data.stage_starts
         self.folder.refuse_place()
         if self.config.dry_run:
             return wanted, self.folder.id, []
         self.lock.take()
         self.folder.open(corpora.contents(self.data.sources))
+        answering.refuse_other_prompts(self.prompts, self.folder.path)
         account = rollback.read(self.folder.rollbacks)
         rollback.sweep(self.folder.checkpoints, account)
         return self.folder.stage_starts(wanted), self.folder.known_id(), account
@@ -256,6 +229,7 @@ class _Run:
         licences = {"base": loading.licence(str(self.base)), "sources": corpora.licences(self.data.sources)}
         contents = corpora.contents(self.data.sources)
         self.folder.begin({"stages": starts, "plan": plan, "licences": licences, "sources": contents})
+        answering.keep_prompts(self.prompts, self.folder.path)
 
     def _show_plan(self, plan: list[dict[str, Any]]) -> None:
         if not self.place.is_first:
@@ -287,7 +261,7 @@ class _Run:
         with contextlib.closing(self._batches(samples, lm, step, step + 1)) as batches:
             first = next(batches)[0]
         batch = to_device(first, self.place.device)
-        proofs.isolate_documents(lm, self.config.data.mask_documents)
+        proofs.isolate_documents(lm, self.data.separate, self.data.separated_by)
         proofs.head_equals_logits(lm, batch)
         if self.config.model.init == "pretrained":
             proofs.labels_aligned(lm, batch)

@@ -13,7 +13,7 @@ from torch import nn
 
 from llm_recipes.checkpoints import shards
 from llm_recipes.checkpoints.state import MOMENTS
-from llm_recipes.config import PretrainConfig
+from llm_recipes.config import TrainingConfig
 from llm_recipes.errors import UserError
 from llm_recipes.models import flops, loading
 from llm_recipes.models.causal import CausalLM
@@ -54,7 +54,7 @@ class Trainable:
         own.local[: max(self.first_new_row - own.offsets[0], 0)] = 0
 
 
-def first_new_row(config: PretrainConfig, own: Any) -> int:
+def first_new_row(config: TrainingConfig, own: Any) -> int:
     """The vocabulary's first row that trains: 0, or with `new_embeddings` what the model folder says.
 
     Args:

@@ -8,17 +8,17 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from llm_recipes.checkpoints import manifest, state
 from llm_recipes.checkpoints.saving import Outcome, Saver
-from llm_recipes.config import PretrainConfig
+from llm_recipes.config import TrainingConfig
 from llm_recipes.data.mixture import Mixture
 from llm_recipes.data.stream import Batch
-from llm_recipes.data.validation import ValidationSet
 from llm_recipes.errors import UserError
-from llm_recipes.evaluation import bits_per_byte
+from llm_recipes.evaluation.answers import Asked
 from llm_recipes.models.causal import CausalLM
 from llm_recipes.models.topology import Topology, process_age
 from llm_recipes.telemetry import progress as terminal
@@ -26,7 +26,9 @@ from llm_recipes.telemetry.events import Events
 from llm_recipes.telemetry.metrics import Metrics
 from llm_recipes.telemetry.tracker import Tracker
 from llm_recipes.training import evaluating, rollback
+from llm_recipes.training.answering import Answering
 from llm_recipes.training.clock import Clock
+from llm_recipes.training.data import Validate
 from llm_recipes.training.evaluating import Evaluator
 from llm_recipes.training.folder import RunFolder
 from llm_recipes.training.lock import Lock
@@ -45,21 +47,23 @@ class Trainer:
         batches: this rank's batches from a step on.
         base: the folder whose tokenizer goes with each checkpoint.
         suites: in which the model is measured on the way.
+        prompts: that it answers on the way.
         account: the run's rollbacks so far.
     """
 
-    config: PretrainConfig
+    config: TrainingConfig
     place: Topology
     folder: RunFolder
     lock: Lock
     training: Training
     mixture: Mixture
-    validation: list[ValidationSet]
+    validate: Validate | None
     horizon: int
     stop: int
     batches: Callable[[int, int], Generator[list[Batch], None, None]]
     base: Path
     suites: list[Any]
+    prompts: Asked | None
     account: list[rollback.Rollback]
 
     def __post_init__(self) -> None:
@@ -77,6 +81,7 @@ class Trainer:
             self._is_evaluated,
         )
         self.evaluator = Evaluator(config, self.suites, self.place, self.folder, self.base, self._write)
+        self.answering = Answering(config, self.prompts, self.place, self.folder.path)
         self.clock = Clock(self.lm, config.data.seq_len, self.training.progress.step)
         self.safe = self.training.progress.step
         """The step that nobody can lose any more."""
@@ -91,10 +96,10 @@ class Trainer:
             UserError: the run cannot go on: no space, too much trouble.
         """
         training, config = self.training, self.config
-        if training.progress.step >= self.stop and not self.evaluator.lacks(training.progress.step, self.horizon):
-            log.info(
-                "nothing to do: step %d of %d is done (train.stop_at, train.steps)", training.progress.step, self.stop
-            )
+        begun = training.progress.step
+        lacks = self.evaluator.lacks(begun, self.horizon)
+        if begun >= self.stop and not lacks and not self.answering.lacks(begun, self.horizon):
+            log.info("nothing to do: step %d of %d is done (train.stop_at, train.steps)", begun, self.stop)
             return None
         off = dataclasses.replace(config.logging.wandb, mode="disabled")
         wandb = config.logging.wandb if self.place.is_first else off
@@ -112,10 +117,12 @@ class Trainer:
                 if fresh:
                     self._validate()
                     self.evaluator.of_base(self.lm, watch.beat)
+                    self.answering.of_base(self.lm, watch.beat)
                 else:
                     self.evaluator.say_missing(training.progress.step)
-                    if self.evaluator.lacks(training.progress.step, self.horizon):
+                    if lacks:
                         self._evaluate()
+                    self.answering.of_step(self.lm, begun, self.horizon, watch.beat)
                 why = None
                 while training.progress.step < self.stop and why is None:
                     why = self._steps()
@@ -167,6 +174,7 @@ class Trainer:
                     with self.clock.paused():
                         self._validate()
                         self._evaluate()
+                        self.answering.of_step(self.lm, step.number, self.horizon, self.watch.beat)
                 if asked:
                     return next(why for why in self.place.gather(self.watch.reason) if why is not None)
         return None
@@ -209,9 +217,9 @@ class Trainer:
             )  # fmt: skip
 
     def _validate(self) -> None:
-        if not self.validation:
+        if self.validate is None:
             return
-        scores = bits_per_byte.score_all(self.lm, self.validation, self.config.train.micro_batch_size, self.watch.beat)
+        scores = self.validate(self.lm, self.config.train.micro_batch_size, self.watch.beat)
         if not self.place.is_first:
             return
         done = self.training.progress
@@ -315,6 +323,7 @@ class Trainer:
             raise UserError(f"{account}; there is no checkpoint to roll back to (checkpoint.every); {look}")
         entry = rollback.Rollback(step, manifest.step_of(target), (start, stop), config.guard.lr_factor, why)
         self.account.append(entry)
+        self.place.on_first(partial(self.answering.forget, entry.to_step))
         self.place.on_first(self._write_down)
         kept = state.restore(target, self.lm.model, training.optimizer)
         resume(training, kept, self.account)

@@ -41,6 +41,14 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     lines[5] |= {"loss": "nan", "grad_norm": "inf", "memory_gib": 3.5}
     lines.insert(9, {"step": 8, "event": "stall", "time": 1790000018.0, "message": EVIL})
     run = run_folders.write_run(root / "outputs" / "alone", lines, run_folders.settings(run__name=EVIL), results)
+    (run / "answers").mkdir()
+    for step in range(0, 50, 5):
+        said = [
+            {"prompt": EVIL, "answer": f"{EVIL} {step}" * 20, "tokens": 128, "ended": "max_new_tokens"},
+            {"prompt": "月は", "answer": f"丸い {step}", "tokens": 3, "ended": "</s>"},
+        ]
+        lines_of_answers = "".join(json.dumps(row) + "\n" for row in said)
+        (run / "answers" / f"step-{step:08d}.jsonl").write_text(lines_of_answers)
     run_folders.write(run / "plan.json", [{"name": EVIL, "language": "ja", "share": 0.8, "tokens_wanted": 8192}])
     run_folders.write(run / "environment.json", {"python": "3.11", "git_diff": EVIL, "packages": {"torch": "2.13"}})
     made = {}
@@ -128,7 +136,9 @@ def test_in_japanese_all_headings_are_and_have_glyphs(opened: tuple[Any, list[st
     # A font without a glyph draws the same box for every character that it lacks.
     drawn = [page.evaluate(PIXELS, character) for character in ("日", "本", "語", "学", "\uffff")]
     assert len(set(drawn)) == len(drawn)
-    headings = page.eval_on_selector_all("h2, figcaption, summary", "all => all.map(each => each.textContent)")
+    headings = page.eval_on_selector_all(
+        "h2, figcaption, summary:not(td summary)", "all => all.map(each => each.textContent)"
+    )
     kept = {"MFU", "git diff"}
     latin = [each for each in headings if not KANA.search(each) and each not in kept]
     assert len(headings) > 6 and (latin == []) == (page.get_attribute("html", "lang") == "ja")
@@ -142,6 +152,19 @@ def test_a_telephone_shows_it_without_scrolling_sideways(opened: tuple[Any, list
     )
     assert trouble == [] and page.evaluate("document.documentElement.scrollWidth") <= 390
     assert all(figure["marks"] for figure in page.evaluate(DRAWN))
+
+
+def test_answers_stand_side_by_side_over_steps(pages: dict[str, Path]) -> None:
+    source = pages["run-en"].read_text(encoding="utf-8")
+    _, found, rest = source.partition("<h2>Answers to the run&#x27;s prompts</h2>")
+    table, _, after = rest.partition("</table>")
+    heads = re.findall(r"<th(?: [^>]*)?>(.*?)</th>", table)
+    steps = [0, 5, 15, 20, 25, 30, 40, 45]  # spread evenly, with the first and the last
+    assert found and heads == ["prompt", "base model", *(f"step {step}" for step in steps[1:])]
+    evil, moon = re.findall(r"<tr[^>]*>(.*?)</tr>", table.partition("<tbody>")[2], re.DOTALL)
+    assert re.findall(r"丸い (\d+)<small>3 tokens</small>", moon) == [str(step) for step in steps]
+    assert evil.count("<details>") == len(steps) == evil.count("128 tokens, cut there") and "<details>" not in moon
+    assert "2 steps in between are left out" in after
 
 
 def test_plotly_is_in_the_page_once_and_nothing_else_is_fetched(pages: dict[str, Path]) -> None:

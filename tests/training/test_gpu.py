@@ -28,14 +28,16 @@ def prepared(folder: Path, steps: int, precision: str = "bf16-mixed") -> Any:
     place = topology.start(parallel)
     lm = causal.build(ModelConfig(path=str(folder)), parallel, place, str(folder), True, seed=0)
     proofs.isolate_documents(lm, True)
-    batch = stack([window([np.arange(1, 120) % 250], 128, True)] * 2) | {"source": torch.zeros(2, dtype=torch.int64)}
-    pinned = {key: value.pin_memory() for key, value in batch.items()}
+    tokens, sources = np.arange(1, 120) % 250, {"source": torch.zeros(2, dtype=torch.int64)}
+    batch = stack([window([tokens], 128, True)] * 2) | sources
+    answers = stack([window([tokens], 128, True, [tokens > 60])] * 2) | sources  # half of it trains
+    micro_batches = [{key: value.pin_memory() for key, value in each.items()} for each in (batch, answers)]
     proofs.head_equals_logits(lm, {key: value.to(place.device) for key, value in batch.items()})
     return loop.Training(
         models={"policy": lm},
         optimizer=optimizer.adamw(lm.model, OptimConfig(lr=1e-3)),
         objective=NextToken(1),
-        batches=iter([[pinned, pinned]] * steps),
+        batches=iter([micro_batches] * steps),
         spans=schedule.BatchSpans(4, BatchWarmupConfig()),
         learning_rate=schedule.LearningRate("constant", 1e-3, 0.0, 0, 0, steps),
         loss_scale=optimizer.LossScale(lm.precision.scales_loss, place.device),

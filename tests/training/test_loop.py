@@ -1,5 +1,6 @@
 """Promise 3: the loss is a sum over the global batch divided by its number of targets, and so is its gradient."""
 
+import contextlib
 import math
 from pathlib import Path
 from typing import Any
@@ -239,6 +240,33 @@ def test_dropout_depends_on_seed_step_and_rank_alone(ranks: Any, tiny_models: An
     assert first[0] == first[2] and second[0] == second[2]
     assert first[0] != first[1]
     assert first[0] != second[0], "each rank has a mask of its own"
+
+
+def around_an_evaluation(folder: str) -> list[list[float]]:
+    """Losses of one batch in step 0: as it trains, measured in two steps, and as it trains again."""
+    from llm_recipes.models import causal, topology
+    from llm_recipes.training.loop import seed_step
+
+    parallel = ParallelConfig(precision="fp32")
+    lm = causal.build(ModelConfig(path=folder), parallel, topology.start(parallel), folder, True, seed=0)
+    batch = windows([20])[0]
+
+    def losses(number: int) -> list[float]:
+        seed_step(7, number, 0)
+        return [float(each) for each in lm.token_losses(batch)[0][0, :20].detach()]
+
+    found = [losses(0)]
+    with lm.evaluating():
+        found += [losses(0), losses(1)]
+    with contextlib.suppress(KeyError), lm.evaluating():
+        raise KeyError("what goes wrong in there leaves it too")
+    return [*found, losses(0)]
+
+
+def test_an_evaluation_has_no_dropout_and_training_has_it_again(ranks: Any, tiny_models: Any) -> None:
+    """Every run is measured before its first step: what stayed off would be off for good, and all runs alike."""
+    (found,) = ranks(1, around_an_evaluation, str(tiny_models["gpt2"]))
+    assert found[0] == found[3] != found[1] == found[2]
 
 
 def follows_cycle(folder: str) -> tuple[list[int], float]:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent
+QUESTIONS = FOLDER / "judge" / "questions.jsonl"
+"""Of `suite=judge`, where no others are given."""
 
 
 def path_of(name: str) -> Path | None:

@@ -1,0 +1,91 @@
+"""The recipe `instruct_mini` as its user types it, on a real model and real conversations, cut short."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from llm_recipes.telemetry import metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+SHORT = [
+    "data.seq_len=192", "train.epochs=null", "train.steps=3", "train.global_batch_size=4", "schedule.warmup_steps=1",
+    "optim.lr=2e-4", "data.preview_rows=2", "evaluation.suites=[]",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M: where `make quickstart` has put it, or brought here."""
+    name = "models/smollm2-135m"
+    if (ROOT / "outputs/quickstart" / name / "config.json").is_file():
+        return ROOT / "outputs/quickstart" / name
+    root = tmp_path_factory.mktemp("quickstart")
+    done = subprocess.run(
+        [sys.executable, "recipes/quickstart/prepare.py", f"root={root}", "parts=model"],
+        cwd=ROOT, capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
+    if done.returncode != 0:
+        pytest.skip(f"SmolLM2-135M cannot be brought here: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
+    return root / name
+
+
+def verb(folder: Path, model: Path, name: str, *options: str, ranks: int = 2) -> str:
+    """What a run of the recipe under torchrun says."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m",
+        "llm_recipes.instruct", "+exp=instruct_mini", f"model.path={model}", f"run.dir={folder}", f"run.name={name}",
+        *SHORT, *options,
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "COLUMNS": "160"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False, env=environment)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    return done.stdout + done.stderr
+
+
+def losses(folder: Path, name: str) -> dict[int, float]:
+    rows = metrics.read(folder / name / "metrics.jsonl")
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+@pytest.mark.slow
+def test_the_recipe_is_looked_at_trains_is_resumed_and_takes_an_adapter(model: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from llm_recipes.checkpoints.export import export
+    from llm_recipes.config import ExportConfig
+
+    said = verb(tmp_path, model, "looked", "data.preview=true")
+    assert "data.sources.dolly_ja: alpaca" in said and "data.sources.text: text" in said
+    assert not list(tmp_path.glob("looked/checkpoints"))
+
+    verb(tmp_path, model, "whole")
+    held_out = [
+        row["validation"]["held_out"]["bits_per_byte"]
+        for row in metrics.read(tmp_path / "whole" / "metrics.jsonl")
+        if "validation" in row
+    ]
+    assert held_out[-1] < held_out[0] - 0.02  # it learns to answer, also what it has not seen
+
+    verb(tmp_path, model, "parts", "train.stop_at=1")
+    verb(tmp_path, model, "parts")
+    assert losses(tmp_path, "parts") == losses(tmp_path, "whole") and list(losses(tmp_path, "whole")) == [1, 2, 3]
+
+    verb(tmp_path, model, "lora", "adapter=lora", "optim.lr=1e-3", ranks=1)
+    checkpoint = tmp_path / "lora" / "checkpoints" / "step-00000003"
+    kept = json.loads((checkpoint / "manifest.json").read_text())["files"]
+    assert sum(entry["bytes"] for name, entry in kept.items() if name.endswith(".safetensors")) < 60e6
+    merged = export(
+        ExportConfig(checkpoint=str(checkpoint), output=str(tmp_path / "merged"), merge_adapter=True, dtype="float32")
+    )
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    asked = tokenizer.apply_chat_template([{"role": "user", "content": "日本の首都は?"}], add_generation_prompt=True,
+                                          return_tensors="pt", return_dict=False)  # fmt: skip
+    with torch.no_grad():
+        before = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)(asked).logits
+        after = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)(asked).logits
+    assert not torch.allclose(before, after, atol=1e-2)
