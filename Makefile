@@ -42,7 +42,7 @@ setup:  ## the virtual environment .venv, with everything that the tests and the
 	echo "setup: done in $$((SECONDS - start)) s"
 
 test: setup  ## all tests that this machine can run
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-faults: setup  ## processes killed, stopped and preempted, checkpoints damaged (half an hour); writes benchmarks/results/faults.md
 	$(BIN)/python -m pytest -m faults $(ARGS) tests/faults
