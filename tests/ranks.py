@@ -20,7 +20,7 @@ PRELOADED = [
     "llm_recipes.training.run", "llm_recipes.checkpoints.export", "llm_recipes.data.tokenizing", "llm_recipes.command",
     "transformers.models.auto.modeling_auto", "transformers.models.mistral.modeling_mistral",
     "transformers.integrations.mistral.tokenizer", "hydra._internal.hydra", "fastokens",
-    "lm_eval.evaluator", "lm_eval.models.huggingface", "peft", "ranks",
+    "lm_eval.evaluator", "lm_eval.models.huggingface", "ranks",
 ]  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,13 @@ def settings(**changes: Any) -> dict[str, Any]:
     """Two steps at a rate that moves an adapter."""
     own = {"train__steps": 2, "train__global_batch_size": 12, "data__mask_documents": False, "optim__lr": 0.05}
     return {"adapter": LORA} | own | changes
+
+
+@pytest.fixture(scope="module", autouse=True)
+def processes_of_its_own(ranks: Any) -> Iterator[None]:
+    """peft brings bitsandbytes, with native code and threads of its own: nobody else works where that has been."""
+    yield
+    ranks.stop()
 
 
 @pytest.fixture(scope="module")

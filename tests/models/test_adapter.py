@@ -1,6 +1,7 @@
 """An adapter under FSDP is peft's on plain transformers: the same loss, the same gradients, on any number of ranks."""
 
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,13 @@ def assert_same(found: dict[str, Any], wanted: dict[str, Any], rtol: float = 1e-
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FUSED = {"target_modules": LINEAR[:4], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def processes_of_its_own(ranks: Any) -> Iterator[None]:
+    """peft brings bitsandbytes, with native code and threads of its own: nobody else works where that has been."""
+    yield
+    ranks.stop()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """A base in 4 bits computes what a model of the rounded weights computes, on any number of ranks."""
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,13 @@ def rounded(weight: torch.Tensor) -> torch.Tensor:
         padded = F.pad(row, (0, -len(row) % 64)).contiguous()
         rows.append(dequantize_4bit(*quantize_4bit(padded, blocksize=64, quant_type="nf4")).flatten()[: len(row)])
     return torch.stack(rows)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def processes_of_its_own(ranks: Any) -> Iterator[None]:
+    """peft brings bitsandbytes, with native code and threads of its own: nobody else works where that has been."""
+    yield
+    ranks.stop()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
