@@ -145,7 +145,8 @@ class JsonLinesFile:
         return data.removeprefix(BYTE_ORDER_MARK) if number == 1 else data
 
     def source(self) -> dict[str, Any]:
-        return {"path": self.name, "bytes": self.size, "xxh3_128": self._checksum or checksum(self.name)}
+        self._checksum = self._checksum or checksum(self.name)  # asked more than once, read once
+        return {"path": self.name, "bytes": self.size, "xxh3_128": self._checksum}
 
 
 def _arrow_block(where: str, first: int, table: Any, done: int) -> Block:
