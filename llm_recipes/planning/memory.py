@@ -69,7 +69,7 @@ def memory(config: PlanConfig, layout: Layout, passed: Trace, devices: int) -> M
     """The worst moment of a step after the first, when the optimizer has its state."""
     micro_batches = config.train.global_batch_size // (devices * config.train.micro_batch_size)
     stored = layout.precision.storage.itemsize
-    once = micro_batches > 1 and (config.parallel.reduce == "last" or devices == 1)
+    once = micro_batches > 1 and (config.parallel.reduce == "last" or layout.shards == 1)
     on_device = 0 if config.parallel.cpu_offload else 1
     kept = stored * (layout.local + 2 * layout.trained_local)
     fixed = {
@@ -84,11 +84,14 @@ def memory(config: PlanConfig, layout: Layout, passed: Trace, devices: int) -> M
         Memory(**fixed, **_split(each, name, passed), **around.forward(name), moment=f"forward pass of {shown(name)}")
         for name, each in passed.forward.items()
     ]
-    moments += [
-        Memory(**fixed, **_split(each, name, passed), **around.backward(name), moment=f"backward pass of {shown(name)}")
-        for name, each in passed.backward.items()
-    ]
-    moments.append(Memory(**fixed, **_split(passed.end, ROOT, passed), **around.end(), moment="the last reduction"))
+    for last in (True, False) if around.stays and micro_batches > 2 else (True,):
+        moments += [
+            Memory(**fixed, **_split(each, name, passed), **around.backward(name, last),
+                   moment=f"backward pass of {shown(name)}")
+            for name, each in passed.backward.items()
+        ]  # fmt: skip
+        end = around.end(last)
+        moments.append(Memory(**fixed, **_split(passed.end, ROOT, passed), **end, moment="the last reduction"))
     return max(moments, key=lambda each: each.total)
 
 
@@ -123,6 +126,11 @@ class _Around:
     def again(self) -> bool:
         """Whether a micro-batch's gradients are added to those of one before it that have been reduced already."""
         return self.micro_batches > 1 and not self.once
+
+    @property
+    def stays(self) -> bool:
+        """Whether groups stay whole from a micro-batch to the next."""
+        return self.micro_batches > 1 and not self.layout.reshard
 
     @property
     def order(self) -> list[Group]:
@@ -164,7 +172,9 @@ class _Around:
 
     def forward(self, name: str) -> dict[str, int]:
         order = self.order
-        flat = order[min(self._at(name), len(order) - 1)].gathered if self.layout.shards > 1 and order else 0
+        # Where groups stay whole the first micro-batch alone gathers them, and the others hold gradients besides.
+        gathers = self.layout.shards > 1 and order and not self.stays
+        flat = order[min(self._at(name), len(order) - 1)].gathered if gathers else 0
         held = self._whole(name) if self.layout.reshard else sum(each.gathered for each in order)
         return self._parts(held + flat, self._from_before(), [])
 
@@ -177,16 +187,26 @@ class _Around:
         """Groups that are reduced at the end, since their inputs have no gradient, in that order."""
         return [self.layout.groups[ROOT], *(each for each in self.order if each.name in self.passed.roots)]
 
-    def backward(self, name: str) -> dict[str, int]:
+    def backward(self, name: str, last: bool) -> dict[str, int]:
+        """
+        Args:
+            last: of the step's last micro-batch; else of one in the middle, for groups that stay whole.
+        """
         order, at = self.order, -1 if name == INPUT else self._at(name)
-        held = self._whole(name) if self.layout.reshard else sum(each.gathered for each in order[: at + 1])
+        if not last and self.once:
+            return self._parts(sum(each.gathered for each in order), 0, [])
+        there = order[: at + 1] if last else order
+        held = self._whole(name) if self.layout.reshard else sum(each.gathered for each in there)
         if self.layout.reshard and self.layout.shards > 1 and 0 < at < len(order):
             held += order[at - 1].gathered  # fetched ahead
         done = order[at + 1 :]
         return self._parts(held, REDUCED * done[0].trained if done else self._from_before(), done)
 
-    def end(self) -> dict[str, int]:
+    def end(self, last: bool) -> dict[str, int]:
+        """As `backward`."""
+        if not last and self.once:
+            return self._parts(sum(each.gathered for each in self.order), 0, [])
         largest = max(each.trained for each in self._last)
-        held = sum(each.gathered for each in self._last[1:])
+        held = sum(each.gathered for each in (self._last[1:] if last else self.order))
         done = [each for each in self.order if each not in self._last]
         return self._parts(held, REDUCED * (largest + largest // self.layout.shards), done)

@@ -108,7 +108,7 @@ def train(run: Training, stop: int) -> Iterator[Step]:
     """Take steps until `stop` of them are done, one at a time as the caller asks for them."""
     policy = run.models["policy"]
     topology, model = policy.topology, policy.model
-    reduce_every = run.reduce_every and topology.ranks > 1  # alone, there is nobody to save memory with
+    reduce_every = run.reduce_every and topology.shard_ranks > 1  # each rank has a whole gradient: no memory to save
     parameters = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]
 
     while run.progress.step < stop:
@@ -131,6 +131,8 @@ def train(run: Training, stop: int) -> Iterator[Step]:
             last = number == len(micro_batches) - 1
             model.set_requires_gradient_sync(reduce_every or last)
             model.set_is_last_backward(last)
+            # What is whole from the forward pass to the backward pass stays whole to the step's end: gathered once.
+            model.set_reshard_after_backward(last, recurse=not topology.reshard_after_forward)
             total, per_window, reported = run.objective.loss(run.models, batch)
             loss = (total / targets.clamp(min=1) + per_window / samples) * topology.data_ranks
             (loss * run.loss_scale.value).backward()

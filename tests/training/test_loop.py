@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llm_recipes.config import BatchWarmupConfig, GuardConfig, ModelConfig, OptimConfig, ParallelConfig
 
@@ -26,6 +28,19 @@ def windows(targets: list[int]) -> list[dict[str, torch.Tensor]]:
     documents = [[generator.integers(0, 256, count + 1)] if count else [] for count in targets]
     rows = [stack([window(each, SEQ, True)]) for each in documents]
     return [row | {"source": torch.zeros(1, dtype=torch.int64)} for row in rows]
+
+
+class Collectives(TorchDispatchMode):
+    """Counts what goes over all ranks, by operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self.count[func._opname] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def step(folder: str, targets: list[int], settings: dict[str, Any]) -> dict[str, Any]:
@@ -78,10 +93,12 @@ def step(folder: str, targets: list[int], settings: dict[str, Any]) -> dict[str,
         # A NaN in one rank's part of a weight's gradient, where the last rank's data made it.
         last = list(lm.model.named_parameters())[-1][1]
         last.register_post_accumulate_grad_hook(lambda each: each.grad.to_local().fill_(settings["poison"]))
-    taken = next(loop.train(training, training.progress.step + 1))
+    with Collectives() as collectives:
+        taken = next(loop.train(training, training.progress.step + 1))
     row = loop.figures(taken, training, ["corpus"])
     return {
         "row": row,
+        "collectives": dict(collectives.count),
         "gradients": handed,
         "skipped": float(len(training.guard.read())),
         "scale": float(training.loss_scale.value),
@@ -121,6 +138,7 @@ def whole_norm(gradients: dict[str, torch.Tensor]) -> float:
         (2, {"micro_batch_size": 2}),
         (4, {}),
         (4, {"sharding": "hybrid_shard", "replicas": 2}),
+        (2, {"sharding": "shard_grad_op"}),
         (2, {"sharding": "no_shard"}),
         (2, {"cpu_offload": True}),
     ],
@@ -136,6 +154,27 @@ def test_unequal_targets_weigh_by_their_number_on_any_ranks_and_micro_batches(
         assert found["row"]["grad_norm"] == pytest.approx(whole_norm(gradients), rel=1e-4)
         for name, gradient in gradients.items():
             torch.testing.assert_close(found["gradients"][name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("settings", "gathers", "reductions", "sums"),
+    [
+        ({"sharding": "full_shard"}, 1 + 4 * 3 * 2, 4 * 4, 0),
+        ({"sharding": "full_shard", "reduce": "last"}, 1 + 4 * 3 * 2, 4, 0),
+        ({"sharding": "shard_grad_op"}, 4, 4 * 4, 0),
+        ({"sharding": "no_shard"}, 0, 0, 4),
+    ],
+)
+def test_what_stays_whole_is_gathered_once_a_step_and_nothing_is_reduced_in_vain(
+    ranks: Any, tiny_models: Any, settings: dict[str, Any], gathers: int, reductions: int, sums: int
+) -> None:
+    """Four micro-batches; the model's groups are two layers, the input embedding, and the root with the head, which is
+    whole in both passes of any sharding."""
+    for found in ranks(2, step, str(tiny_models["mistral"]), UNEQUAL * 2, settings):
+        count = found["collectives"]
+        assert count.get("_allgather_base_", 0) == gathers
+        assert count.get("_reduce_scatter_base_", 0) == reductions
+        assert count["allreduce_"] == 3 + sums, "the step's own: number of targets, norm, loss"
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
