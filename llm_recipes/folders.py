@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +55,30 @@ def read_json(path: Path, kind: type = dict) -> Any:
     return content
 
 
-def write_json(path: Path, content: Any) -> None:
-    """As a whole, or not at all; whoever else writes it at the same time, on this host or another, is not met."""
+def write_whole(path: Path, text: str) -> None:
+    """As a whole, or not at all; whoever else writes it at the same time, on this host or another, is not met.
+
+    Raises:
+        OSError: it cannot be written; nothing is left behind.
+    """
     beside = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
-    text = json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False)
-    beside.write_text(text + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    try:
+        beside.write_text(text, encoding="utf-8", newline="")
+        os.replace(beside, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, content: Any) -> None:
+    """As `write_whole`."""
+    write_whole(path, json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+
+
+def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """JSON Lines, as `write_whole`."""
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def weight_files(folder: str) -> list[str]:

@@ -14,7 +14,7 @@ import shutil
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
@@ -251,23 +251,14 @@ def _pack(folder: Path, file: TokenFile, report: Report, recipe: Recipe, limit: 
     report.lengths = np.bincount(bars, minlength=BARS).tolist()
 
 
-_encoder: ChatEncoder | None = None
-"""Of this process."""
-
-
-def _start_worker(recipe: Recipe) -> None:
-    global _encoder
-    _encoder = ChatEncoder(recipe)
-
-
-def _encode_block(block: Block) -> Encoded:
-    assert _encoder is not None
-    return _encoder.encode_block(block)
+def encode_blocks(recipe: Recipe) -> Callable[[Block], Encoded]:
+    """A worker's work."""
+    return ChatEncoder(recipe).encode_block
 
 
 def _encoded(inputs: list[Input], recipe: Recipe, workers: int, left_out: Counter[str]) -> Any:
     blocks = readable_blocks(inputs, recipe.stop_on_error, left_out)
     try:
-        yield from in_order(blocks, _encode_block, workers, _start_worker, (recipe,))
+        yield from in_order(blocks, encode_blocks, recipe, workers)
     except BrokenProcessPool as error:
         raise UserError(f"{recipe.where}: a worker process died (for lack of memory, perhaps)") from error

@@ -3,7 +3,6 @@ and a few of them with what trains marked. Needs no model, and imports no torch.
 """
 
 import io
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from rich.text import Text
 
 from llm_recipes.chat.encoding import Recipe
 from llm_recipes.chat.packs import Packs
-from llm_recipes.folders import make_folder
+from llm_recipes.folders import make_folder, write_whole
 
 ROWS = 3
 """Conversations that are shown, one of each source as far as they go."""
@@ -71,9 +70,7 @@ def show(parts: Sequence[RenderableType], console: Console, page: Path) -> None:
     )  # fmt: skip
     paper.print(Group(*parts))
     make_folder(page.parent)
-    beside = page.with_name(f"{page.name}.partial")
-    beside.write_text(paper.export_html(inline_styles=True), encoding="utf-8")
-    os.replace(beside, page)
+    write_whole(page, paper.export_html(inline_styles=True))
 
 
 def row_text(text: str, answers: Sequence[Sequence[int]], controls: Sequence[str] = ()) -> Text:

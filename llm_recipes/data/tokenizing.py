@@ -7,7 +7,7 @@ document's ids are, and `reading` for what a row is.
 
 import math
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -247,7 +247,7 @@ def _encoded(
 
     blocks = readable_blocks(inputs, recipe.stop_on_error, skipped)
     try:
-        yield from in_order(blocks, _encode_block, workers, _start_worker, (recipe,))
+        yield from in_order(blocks, encode_blocks, recipe, workers)
     except BrokenProcessPool as error:
         raise UserError(
             f"a worker process died (for lack of memory, perhaps): try fewer than workers={workers}, "
@@ -255,15 +255,6 @@ def _encoded(
         ) from error
 
 
-_encoder: Encoder | None = None
-"""Of this process."""
-
-
-def _start_worker(recipe: Recipe) -> None:
-    global _encoder
-    _encoder = Encoder(recipe)
-
-
-def _encode_block(block: Block) -> Encoded:
-    assert _encoder is not None
-    return _encoder.encode_block(block)
+def encode_blocks(recipe: Recipe) -> Callable[[Block], Encoded]:
+    """A worker's work."""
+    return Encoder(recipe).encode_block

@@ -17,6 +17,7 @@ BYTES_PER_WORKER = 4 << 20
 
 Item = TypeVar("Item")
 Mark = TypeVar("Mark")
+Recipe = TypeVar("Recipe")
 Result = TypeVar("Result")
 
 
@@ -27,32 +28,31 @@ def worthwhile(input_bytes: int) -> int:
 
 def in_order(
     items: Iterator[tuple[Item, Mark]],
-    work: Callable[[Item], Result],
+    ready: Callable[[Recipe], Callable[[Item], Result]],
+    recipe: Recipe,
     workers: int,
-    start: Callable[..., None],
-    arguments: tuple[Any, ...] = (),
 ) -> Generator[tuple[Result, Mark], None, None]:
-    """What `work` makes of each item, with the item's mark. A few items per worker are under way at any time, so
+    """What the work makes of each item, with the item's mark. A few items per worker are under way at any time, so
     memory does not grow with their number.
 
     Args:
-        start: makes a process ready for work; called with `arguments` in each worker, and here where it is one.
+        ready: gives the work; called with `recipe` once in each worker, and here where it is one.
 
     Raises:
         BrokenProcessPool: a worker died.
     """
     if workers == 1:
-        start(*arguments)
+        work = ready(recipe)
         for item, mark in items:
             yield work(item), mark
         return
     # Spawned, not forked: this process has imported torch and has threads.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (start, arguments))
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (ready, recipe))
     waiting: deque[tuple[Future[Result], Mark]] = deque()
     try:
         while True:
             for item, mark in islice(items, workers * WAITING_PER_WORKER - len(waiting)):
-                waiting.append((pool.submit(work, item), mark))
+                waiting.append((pool.submit(_work_on, item), mark))
             if not waiting:
                 return
             future, mark = waiting.popleft()
@@ -61,7 +61,16 @@ def in_order(
         pool.shutdown(cancel_futures=True)
 
 
-def _start_worker(start: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+_work: Callable[[Any], Any] | None = None
+"""Of this worker process."""
+
+
+def _work_on(item: Any) -> Any:
+    assert _work is not None
+    return _work(item)
+
+
+def _start_worker(ready: Callable[[Any], Callable[[Any], Any]], recipe: Any) -> None:
     """Make a worker process ready: one thread, and no life of its own."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends the pool
     parent = multiprocessing.parent_process()
@@ -70,7 +79,8 @@ def _start_worker(start: Callable[..., None], arguments: tuple[Any, ...]) -> Non
     for name in ("RAYON_NUM_THREADS", "FASTOKENS_BPE_THREADS"):
         os.environ[name] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    start(*arguments)
+    global _work
+    _work = ready(recipe)
 
 
 def _end_with(sentinel: int) -> None:

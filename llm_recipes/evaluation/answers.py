@@ -1,8 +1,7 @@
 """Greedy answers of a model, sharded or not, to a fixed list of prompts: what a reader sees change while it trains."""
 
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,13 +63,6 @@ def read_prompts(path: Any, where: str) -> list[str]:
     if not prompts or not all(isinstance(each, str) and each for each in prompts):
         raise UserError(f"{where}={path}: no prompts in it")
     return prompts
-
-
-def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """JSON Lines, as a whole or not at all."""
-    beside = path.with_name(path.name + ".partial")
-    beside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    os.replace(beside, path)
 
 
 def answer(lm: CausalLM, asked: Asked, beat: Callable[[str], None] = lambda doing: None) -> list[dict[str, Any]]:

@@ -1,7 +1,6 @@
 """What a run will take: memory, time and disk, of several candidates beside each other."""
 
 import bisect
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from llm_recipes import checks
 from llm_recipes.config import PlanConfig
 from llm_recipes.errors import UserError
+from llm_recipes.folders import write_json
 from llm_recipes.models import loading
 from llm_recipes.planning.candidates import Candidate, candidates
 from llm_recipes.planning.disk import Disk, disk
@@ -281,6 +281,4 @@ def write(path: Path, found: list[Row], source: str) -> None:
             for each in found
         ],
     }
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.rename(path)
+    write_json(path, content)

@@ -1,6 +1,5 @@
 """One HTML file that needs nothing else: its figures, its style and plotly.js are in it."""
 
-import contextlib
 import html
 import importlib.util
 import json
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_recipes.errors import UserError
-from llm_recipes.folders import make_folder, remove_folders
+from llm_recipes.folders import make_folder, remove_folders, write_whole
 from llm_recipes.reporting.figures import Figure
 from llm_recipes.reporting.texts import Texts
 
@@ -213,15 +212,11 @@ def write(path: Path, content: str) -> None:
     Raises:
         UserError: it cannot be written there.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     made: list[Path] = []
     try:
         made = make_folder(path.parent)
-        beside.write_text(content, encoding="utf-8", newline="")
-        os.replace(beside, path)
+        write_whole(path, content)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
         remove_folders(made)
         raise UserError(f"{path}: cannot be written ({error.strerror}); give output=FILE") from error
 

@@ -18,7 +18,7 @@ from llm_recipes.data import tokenizer as tokenizers
 from llm_recipes.errors import UserError
 from llm_recipes.evaluation import answers
 from llm_recipes.evaluation.answers import Asked
-from llm_recipes.folders import make_folder
+from llm_recipes.folders import make_folder, write_lines
 from llm_recipes.models import loading
 from llm_recipes.models.causal import CausalLM
 from llm_recipes.models.topology import Topology
@@ -28,6 +28,12 @@ from llm_recipes.training.evaluating import due
 log = logging.getLogger(__name__)
 
 ANSWERS, PROMPTS = "answers", "prompts.jsonl"
+
+
+def read_prompts(config: TrainingConfig) -> list[str] | None:
+    """The prompts as they stand in their file, None where there is none; `UserError` where it cannot be read."""
+    path = config.evaluation.prompts
+    return None if path is None else answers.read_prompts(path, "evaluation.prompts")
 
 
 def open_prompts(config: TrainingConfig, data: Data, base: Path) -> Asked | None:
@@ -40,11 +46,10 @@ def open_prompts(config: TrainingConfig, data: Data, base: Path) -> Asked | None
     Raises:
         UserError: they cannot be read, the template refuses one, or one is too long for the model.
     """
-    path, new = config.evaluation.prompts, config.evaluation.max_new_tokens
-    if path is None:
+    prompts = read_prompts(config)
+    if prompts is None:
         return None
-    where = f"evaluation.prompts={path}"
-    prompts = answers.read_prompts(path, "evaluation.prompts")
+    where, new = f"evaluation.prompts={config.evaluation.prompts}", config.evaluation.max_new_tokens
     tokenizer = tokenizers.open_tokenizer(str(base), config.model.trust_remote_code)
     template = data.conversations.template if data.conversations is not None else None
     most = getattr(loading.open_config(config.model, str(base)).get_text_config(), "max_position_embeddings", None)
@@ -98,7 +103,7 @@ def refuse_other_prompts(asked: Asked | None, run: Path) -> None:
 def keep_prompts(asked: Asked | None, run: Path) -> None:
     """Copy the list into the run's folder."""
     if asked is not None:
-        answers.write_lines(run / PROMPTS, [{"prompt": prompt} for prompt in asked.prompts])
+        write_lines(run / PROMPTS, [{"prompt": prompt} for prompt in asked.prompts])
 
 
 class Answering:
@@ -149,4 +154,4 @@ class Answering:
 
     def _write(self, step: int, rows: list[dict[str, Any]]) -> None:
         make_folder(self.folder)
-        answers.write_lines(self._path(step), rows)
+        write_lines(self._path(step), rows)

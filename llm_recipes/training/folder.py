@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from llm_recipes.checkpoints import manifest
 from llm_recipes.config import InstructConfig, PretrainConfig, TrainingConfig
 from llm_recipes.errors import UserError
-from llm_recipes.folders import make_folder, remove_folders
+from llm_recipes.folders import make_folder, remove_folders, write_json, write_whole
 from llm_recipes.telemetry import metrics
 
 log = logging.getLogger(__name__)
@@ -178,9 +178,9 @@ class RunFolder:
         try:
             make_folder(self.checkpoints)
             for name, content in (kept | {"environment": environment()}).items():
-                self._write(f"{name}.json", json.dumps(content, ensure_ascii=False, indent=2) + "\n")
-            self._write("run_id", self.id + "\n")
-            self._write("config.yaml", self.yaml)
+                write_json(self.path / f"{name}.json", content)
+            write_whole(self.path / "run_id", self.id + "\n")
+            write_whole(self.path / "config.yaml", self.yaml)
         except OSError as error:
             raise UserError(f"{self.path}: the run's folder cannot be written ({error}); see run.dir") from error
 
@@ -266,11 +266,6 @@ class RunFolder:
             log.warning(
                 "%s ended at step %d, before its first checkpoint was whole: it begins again", self.path, reached
             )
-
-    def _write(self, name: str, text: str) -> None:
-        beside = self.path / f"{name}.partial"
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, self.path / name)
 
     def stage_starts(self, wanted: list[int]) -> list[int]:
         """The curriculum's stages as sample positions: settled when the run first starts, and kept with it."""

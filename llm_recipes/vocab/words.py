@@ -4,7 +4,7 @@ import random
 import unicodedata
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -69,7 +69,7 @@ def count(inputs: list[Input], scripts: Scripts, config: ExtendVocabConfig, hold
                        config.on_error == "stop", hold_out)  # fmt: skip
     blocks = readable_blocks(inputs, config.on_error == "stop", result.skipped)
     workers = config.workers or worthwhile(total)
-    found = in_order(blocks, _count_block, workers, _start, (counter,))
+    found = in_order(blocks, _counting, counter, workers)
     try:
         with Meter("reading", total, console) as meter, closing(found):
             for part, done in found:
@@ -210,16 +210,7 @@ def open_analyser() -> Any:
     return fugashi.GenericTagger(f"-Owakati -d {unidic_lite.DICDIR} -r {unidic_lite.DICDIR}/dicrc")
 
 
-_counter: _Counter | None = None
-"""Of this process."""
-
-
-def _start(counter: _Counter) -> None:
-    global _counter
-    _counter = counter
-    _counter.ready()
-
-
-def _count_block(block: Block) -> Words:
-    assert _counter is not None
-    return _counter.block(block)
+def _counting(counter: _Counter) -> Callable[[Block], Words]:
+    """A worker's work."""
+    counter.ready()
+    return counter.block

@@ -421,9 +421,9 @@ from llm_recipes.data import tokenizing
 from llm_recipes.data.encoding import Recipe
 from llm_recipes.data.rows import Block
 recipe = Recipe(**json.loads(sys.argv[1]))
-tokenizing._start_worker(recipe)
+encode = tokenizing.encode_blocks(recipe)
 rows = b'{"text": "a"}\\n{"messages": [{"role": "user", "content": "a"}]}'
-assert len(tokenizing._encode_block(Block("", 1, rows, False, 0)).lengths) == 2
+assert len(encode(Block("", 1, rows, False, 0)).lengths) == 2
 assert "torch" not in sys.modules
 """
     from transformers import AutoTokenizer
