@@ -68,6 +68,7 @@ def open_data(config: TrainingConfig, folder: str, ranks: int, is_first: bool = 
         UserError: what does not fit, and where.
     """
     own = loading.open_config(config.model, folder)
+    _refuse_long_windows(config.data.seq_len, own)
     first_new_row = trainable.first_new_row(config, own)
     tokenizer = tokenizers.open_tokenizer(folder, config.model.trust_remote_code)
     facts = corpora.TokenizerFacts(
@@ -85,6 +86,17 @@ def open_data(config: TrainingConfig, folder: str, ranks: int, is_first: bool = 
         data = _open_tokens(config, facts, ranks)
     data.first_new_row = first_new_row
     return data
+
+
+def _refuse_long_windows(seq_len: int, own: Any) -> None:
+    """Raise `UserError` where a window has more tokens than the model has positions: rotary ones go on past those that
+    the model was trained on, and nothing but its answers would say so."""
+    most = getattr(own.get_text_config(), "max_position_embeddings", None)
+    if isinstance(most, int) and seq_len > most:
+        raise UserError(
+            f"data.seq_len={seq_len}: the model has {most} positions; shorten the windows or, to teach it longer ones, "
+            f"give model.overrides.max_position_embeddings={seq_len} and its rope_parameters"
+        )
 
 
 def _open_tokens(config: PretrainConfig, facts: corpora.TokenizerFacts, ranks: int) -> Data:

@@ -77,13 +77,15 @@ def _train(config: TrainingConfig, me: topology.Launch) -> str | None:
         os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")
         torch.use_deterministic_algorithms(True)
     base = tokenizers.resolve(config.model.path, "model.path", config.model.trust_remote_code)
-    data = open_data(config, base, me.ranks, me.rank == 0)
-    suites = evaluating.open_suites(config.evaluation)
-    prompts = answering.open_prompts(config, data, Path(base))
+    # What is seen at a glance first: conversations may take an hour to prepare.
     refuse_adapter(base, "model.path")
     refuse_what_is_missing(config.adapter)
     if config.model.init == "pretrained":
         weight_files(base)
+    suites = evaluating.open_suites(config.evaluation)
+    answering.read_prompts(config)
+    data = open_data(config, base, me.ranks, me.rank == 0)
+    prompts = answering.open_prompts(config, data, Path(base))
     place = topology.start(config.parallel)
     try:
         why = _Run(config, data, suites, prompts, Path(base), place).go()
