@@ -71,7 +71,7 @@ DEFAULTS = {
     "model": "outputs/quickstart/models/smollm2-135m", "conversations": "200",
     "data": f"{DATA}messages.jsonl,{DATA}sharegpt.jsonl,{DATA}alpaca.jsonl", "seq_len": "512",
     "accumulation": "4", "rounds": "2", "processes": "1", "threads": "1", "precision": "fp32", "layers": "",
-    "ways": "ours,packed,padded,sorted,wrapped", "way": "", "work": "",
+    "sharding": "no_shard", "ways": "ours,packed,padded,sorted,wrapped", "way": "", "work": "",
 }  # fmt: skip
 TRL: dict[str, dict[str, Any]] = {
     "packed": {"packing": True, "packing_strategy": "bfd"},
@@ -156,7 +156,8 @@ def timed() -> tuple[float, float]:
 
 def ours(options: Options, model: str, work: Path) -> Result:
     me = topology.launch()
-    parallel = configuration.ParallelConfig(precision="bf16-mixed" if options["precision"] == "bf16" else "fp32")
+    precision = "bf16-mixed" if options["precision"] == "bf16" else "fp32"
+    parallel = configuration.ParallelConfig(sharding=options["sharding"], precision=precision)
     step_size = int(options["accumulation"]) * me.ranks
     config = configuration.InstructConfig(
         model=configuration.ModelConfig(path=model),
