@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from llm_recipes.errors import UserError
 
 log = logging.getLogger(__name__)
 
+COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
+"""Of Jinja."""
 MANY = 64
 """Windows from which on little is padding, if lengths differ."""
 
@@ -81,6 +84,8 @@ def open_chats(
             shape = _shape(source, inputs, where)
             if shape != "text" and template is None:
                 template = open_template(tokenizer, data.template, data.template_arguments)
+                if is_first:
+                    _warn_of(template, config)
             recipe = Recipe(
                 source=source,
                 where=where,
@@ -137,6 +142,24 @@ def mix(sources: Sequence[Source], seed: int) -> Mixture:
         [(0, [source.weight for source in sources])],
         seed,
     )
+
+
+def _warn_of(template: Template, config: InstructConfig) -> None:
+    """Say what of a template a user may not have thought of."""
+    written = COMMENT.sub("", template.text)
+    ends = {template.special.get(name) for name in ("bos_token", "eos_token")}
+    still = [token for token in template.controls if token in written and token not in ends]
+    if config.adapter.kind != "none" and config.data.template is not None and still:
+        log.warning(
+            "data.template=%s writes %s, and an adapter leaves the embeddings as they are: a base model that has never "
+            "trained these tokens does not learn them so; the templates llm_jp and alpaca do without",
+            config.data.template, ", ".join(still),
+        )  # fmt: skip
+    if "strftime_now" in written and not config.data.template_arguments:
+        log.warning(
+            "the chat template writes the date into conversations: they keep that of the day on which they are "
+            "prepared; data.template_arguments may settle it (date_string, in Llama's)"
+        )
 
 
 def _weight(source: ChatSourceConfig, packs: Packs) -> float:

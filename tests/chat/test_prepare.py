@@ -326,6 +326,37 @@ def test_validation_on_what_is_trained_on_is_said(
     assert f"data.validation.held_out.path: {tmp_path / 'ja.jsonl'} is trained on too (data.sources.ja)" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("template", "kind", "said"),
+    [
+        (
+            "chatml",
+            "lora",
+            "data.template=chatml writes <|im_end|>, <|im_start|>, and an adapter leaves the embeddings",
+        ),
+        ("chatml", "none", None),
+        ("llm_jp", "lora", None),
+        (tiny.CHATML + "{# strftime_now #}", "none", None),
+        ("{{ strftime_now('%Y') }}" + tiny.CHATML, "none", "the chat template writes the date into conversations"),
+    ],
+)
+def test_what_a_template_brings_unasked_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, template: str, kind: str, said: str | None
+) -> None:
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    facts = TokenizerFacts(tokenizers.fingerprint(tokenizer), 264, 257, None, "auto", 256)
+    if "{" in template:
+        (tmp_path / "own.jinja").write_text(template)
+        template = str(tmp_path / "own.jinja")
+    tiny.write_chats(tmp_path)
+    changes = {"data__template": template, "data__seq_len": 512, "adapter__kind": kind}
+    config = tiny.instruct_config(tmp_path, tmp_path / "model", **changes)
+    open_chats(config, str(tmp_path / "model"), tokenizer, facts)
+    warnings = [each.getMessage() for each in caplog.records if "template" in each.getMessage()]
+    assert len(warnings) == bool(said) and all(each.startswith(said or "") for each in warnings), warnings
+
+
 def test_what_a_killed_process_left_is_removed_and_a_living_one_keeps_its_own(opened: Open, tmp_path: Path) -> None:
     name = opened().sources[0].files[0].prefix.name
     prepared = tmp_path / "prepared"
