@@ -1,7 +1,8 @@
 """Instruction tuning by our loop, beside TRL's `SFTTrainer`: trained tokens a second, padding, and the same loss.
 
-    python benchmarks/instruct.py [model=FOLDER] [data=FILE,...] [conversations=200] [seq_len=512] [accumulation=4]
-        [rounds=2] [processes=1] [threads=1] [precision=fp32] [layers=N] [ways=ours,packed,padded,sorted,wrapped]
+    python benchmarks/instruct.py [model=FOLDER] [data=FILE,...] [conversations=48] [seq_len=512] [accumulation=4]
+        [rounds=1] [processes=1] [threads=1] [precision=fp32] [sharding=no_shard] [layers=N]
+        [ways=ours,packed,padded,sorted,wrapped]
 
 Without `model` it is the quickstart's SmolLM2-135M (`layers`: only its first ones, for a quick look). `data` is JSON
 Lines in any shape that the library knows; without it the conversations of recipes/instruct_mini, short and long ones,
@@ -9,7 +10,8 @@ most in Japanese. Of them `conversations` are used, drawn at random, none longer
 same ones, the same template with `{% generation %}` marks, AdamW, clipping, precision, no recomputation, and train on
 what the assistant says alone (`assistant_only_loss` in TRL). That the ids and the marks are the same is checked.
 
-    ours     windows of `seq_len`, packed best fit, each conversation sees itself alone (shown by the run's own proof)
+    ours     windows of `seq_len`, packed best fit, each conversation sees itself alone (shown by the run's own proof);
+             by `sharding` a replica on each process, as TRL's model is under torchrun (DDP)
     packed   `packing=True`, strategy `bfd`: best fit, rows without padding, positions that restart. TRL's documentation
              allows it with flash attention 2 or 3 alone; transformers since 5 makes a mask per conversation of such
              positions for sdpa and eager too, where the model takes its mask from `create_causal_mask`, so that the
@@ -68,10 +70,10 @@ from llm_recipes.training.objective import NextToken
 
 DATA = "recipes/instruct_mini/data/"
 DEFAULTS = {
-    "model": "outputs/quickstart/models/smollm2-135m", "conversations": "200",
+    "model": "outputs/quickstart/models/smollm2-135m", "conversations": "48",
     "data": f"{DATA}messages.jsonl,{DATA}sharegpt.jsonl,{DATA}alpaca.jsonl", "seq_len": "512",
-    "accumulation": "4", "rounds": "2", "processes": "1", "threads": "1", "precision": "fp32", "layers": "",
-    "sharding": "no_shard", "ways": "ours,packed,padded,sorted,wrapped", "way": "", "work": "",
+    "accumulation": "4", "rounds": "1", "processes": "1", "threads": "1", "precision": "fp32", "layers": "",
+    "sharding": "no_shard", "ways": "ours,packed,padded", "way": "", "work": "",
 }  # fmt: skip
 TRL: dict[str, dict[str, Any]] = {
     "packed": {"packing": True, "packing_strategy": "bfd"},
@@ -331,7 +333,7 @@ def show(options: Options, found: dict[str, list[Result]]) -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {options['threads']} threads"
     table = Table(
         title=f"{Path(options['model']).name}, {options['precision']}, windows of {options['seq_len']}, "
-        f"{options['processes']} x {device}, torch {torch.__version__}"
+        f"{options['processes']} x {device}, ours {options['sharding']}, torch {torch.__version__}"
     )
     for column in ("way", "trained/s", "ratio", "by processor", "ratio", "padding", "no loss", "loss", "less ours"):
         table.add_column(column, justify="left" if column == "way" else "right")
