@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-faults lint format quickstart
+.PHONY: help setup test test-all test-faults lint format quickstart
 
 PYTHON ?= python3
 VENV := .venv
@@ -41,8 +41,13 @@ setup:  ## the virtual environment .venv, with everything that the tests and the
 	echo "$$wanted" > $(VENV)/ready; \
 	echo "setup: done in $$((SECONDS - start)) s"
 
-test: setup  ## all tests that this machine can run
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
+test: setup  ## the tests (ten minutes on two cores)
+	$(PYTEST) -m 'not slow' $(ARGS)
+
+test-all: setup  ## these and the slow ones, which start torchrun, or train a real model (twenty minutes)
+	$(PYTEST) $(ARGS)
 
 test-faults: setup  ## processes killed, stopped and preempted, checkpoints damaged (half an hour); writes benchmarks/results/faults.md
 	$(BIN)/python -m pytest -m faults $(ARGS) tests/faults

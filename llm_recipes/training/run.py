@@ -78,6 +78,7 @@ def _train(config: TrainingConfig, me: topology.Launch) -> str | None:
         torch.use_deterministic_algorithms(True)
     base = tokenizers.resolve(config.model.path, "model.path", config.model.trust_remote_code)
     # What is seen at a glance first: conversations may take an hour to prepare.
+    loading.open_config(config.model, base)
     refuse_adapter(base, "model.path")
     refuse_what_is_missing(config.adapter)
     if config.model.init == "pretrained":

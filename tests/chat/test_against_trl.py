@@ -15,6 +15,8 @@ from llm_recipes.chat.shapes import Conversation, read
 from llm_recipes.chat.template import open_template
 from llm_recipes.config import ChatSourceConfig
 
+pytestmark = pytest.mark.slow
+
 DATA = Path(__file__).parents[2] / "recipes" / "instruct_mini" / "data"
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from typed import TORCHRUN, run, start, verb
 
+pytestmark = pytest.mark.slow
+
 
 def rows(folder: Path, kind: str = "loss") -> list[Any]:
     lines = (folder / "outputs" / "mine" / "metrics.jsonl").read_text().splitlines()

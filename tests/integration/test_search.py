@@ -7,7 +7,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 from typed import TORCHRUN, run, start, verb
+
+pytestmark = pytest.mark.slow
 
 SEARCH = [*verb("pretrain"), "-m", "+exp=mine", "+search=lr", "evaluation.at_steps=[2]", "logging.every=1"]
 LAUNCHER = ["hydra/launcher=torchrun", "hydra.launcher.nproc_per_node=2"]

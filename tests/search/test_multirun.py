@@ -107,6 +107,7 @@ def test_ranks_walk_together_past_a_job_that_fails_on_all(place: Path) -> None:
     assert mark(place, "mine-search/optim.lr=2e-05")["launcher"] == "torchrun --nproc_per_node 2"
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_on_one_rank_ends_the_launch_and_is_marked(place: Path) -> None:
     status, _, err = search(place, "optim.min_lr=null", "optim.lr=1e-5,5,2e-5", ranks=2)
     assert status != 0 and "error: rank 1: ValueError: a bug" in err
@@ -127,6 +128,7 @@ def test_who_is_asked_to_stop_starts_no_other_job(place: Path) -> None:
     assert len(walked(place)) == 2
 
 
+@pytest.mark.slow
 def test_jobs_of_a_cluster_are_placed_marked_and_counted_alike(place: Path) -> None:
     """submitit runs them in processes of its own: here on this machine, on SLURM as jobs."""
     cluster = ["hydra/launcher=submitit_local", "hydra.launcher.tasks_per_node=2"]

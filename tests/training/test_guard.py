@@ -211,6 +211,7 @@ def test_one_poisoned_batch_is_left_out_named_and_forgotten(
     assert [row["step"] for row in rows(folder, "loss")] == list(range(4, 61, 4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["labels", "overflow"])
 def test_too_much_trouble_goes_back_and_past_the_samples_that_made_it(
     ranks: Any, tiny_models: Any, tmp_path: Path, clean: float, how: str
@@ -234,6 +235,7 @@ def test_too_much_trouble_goes_back_and_past_the_samples_that_made_it(
     assert not set(again) & set(range(168, 180))
 
 
+@pytest.mark.slow
 def test_a_resume_in_the_middle_of_trouble_is_the_uninterrupted_run_bit_for_bit(
     ranks: Any, tiny_models: Any, tmp_path: Path
 ) -> None:

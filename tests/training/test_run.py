@@ -168,6 +168,9 @@ def test_dry_run_proves_saves_loads_compares_and_keeps_nothing(
     assert sorted(path.name for path in folder.iterdir()) == there
 
 
+LONG = {"data__seq_len": 1500, "model__overrides": {"max_position_embeddings": 1500}}
+
+
 @pytest.mark.parametrize(
     ("size", "changes", "said"),
     [
@@ -175,8 +178,9 @@ def test_dry_run_proves_saves_loads_compares_and_keeps_nothing(
         (2, {"train__batch_warmup": {"start": 1, "steps": 4}}, "does not divide into 2 processes"),
         (1, {"model__path": "/nowhere"}, "model.path=/nowhere: no such model folder"),
         (1, {"data__sources": {"ja": {"path": "/nowhere/ja"}, "en": {"path": "/nowhere/en"}}}, "no such token file"),
-        (2, {"data__seq_len": 1500, "train__global_batch_size": 2}, None),
-        (4, {"data__seq_len": 1500, "train__global_batch_size": 4}, "4 processes and 2 samples"),
+        (2, LONG | {"train__global_batch_size": 2}, None),
+        (4, LONG | {"train__global_batch_size": 4}, "4 processes and 2 samples"),
+        (1, {"data__seq_len": 1500}, "data.seq_len=1500: the model has 128 positions"),
         (1, {"data__bos": "always"}, "data.bos=always means with"),
         (1, {"model__overrides": {"hiden_size": 3}}, "did you mean 'hidden_size'"),
         (1, {"model__overrides": {"vocab_size": 100}}, "past the model's vocabulary of 100"),

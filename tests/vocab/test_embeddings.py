@@ -322,6 +322,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system does not say what memory it took")
 def test_memory_does_not_grow_with_the_model(folders: dict[str, Path], tmp_path: Path) -> None:
     source = tmp_path / "source"
