@@ -110,6 +110,7 @@ def close(found: torch.Tensor | list[float], wanted: list[float], base: Path) ->
     assert float((plain_logits(base) - torch.tensor(wanted)).abs().max()) > 0.01
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_the_adapter_and_nothing_of_its_base(runs: Any) -> None:
     checkpoint, _, base = runs["mistral"]
     held = tiny.state_of(checkpoint)

@@ -84,6 +84,7 @@ def contents(root: Path) -> tuple[dict[str, Any], list[str]]:
     return digests, manifest.read(folder)["without_optimizer_state"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_checkpoint_of_any_layout_is_read_on_any_other_bit_for_bit(
     ranks: Any, models: dict[str, Path], tmp_path: Path, family: str

@@ -141,6 +141,7 @@ def browser() -> Iterator[Any]:
         opened.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["run-ja", "run-en", "runs-ja"])
 def test_a_browser_draws_it_and_hostile_answers_do_nothing(name: str, pages: dict[str, Path], browser: Any) -> None:
     page = browser.new_page(viewport={"width": 1200, "height": 900})

@@ -113,6 +113,7 @@ PIXELS = """text => {
 }"""
 
 
+@pytest.mark.slow
 def test_a_browser_draws_every_figure_and_complains_of_nothing(opened: tuple[Any, list[str]]) -> None:
     page, trouble = opened
     assert trouble == []

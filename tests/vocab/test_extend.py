@@ -336,6 +336,7 @@ def verb(*arguments: str, **options: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=own, **options)
 
 
+@pytest.mark.slow
 def test_the_verb_writes_the_folder_or_says_why_not_in_one_line(base: Path, corpus: str, tmp_path: Path) -> None:
     shared = [f"tokenizer={base}", f"corpus={corpus}", "workers=1", f"output={tmp_path / 'deep' / 'new'}"]
     wrong, right = verb(*shared, "vocab_size=300"), verb(*shared[:-1], f"output={tmp_path / 'new'}", "vocab_size=340")
@@ -354,6 +355,7 @@ def heard() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_process_that_is_ended_leaves_no_folder_of_that_name(
     number: signal.Signals, base: Path, tmp_path: Path

@@ -101,6 +101,7 @@ def test_the_old_tokens_of_a_piece_are_those_of_its_text(name: str, extended: Ca
             assert numbers == tokenizer.encode(shown(piece), add_special_tokens=False).ids
 
 
+@pytest.mark.slow
 def test_the_tokenizer_for_words_puts_no_space_before_them(extended: Callable[[str], Any]) -> None:
     for name in ("prefix space", "mistral and more", "legacy", "own file"):
         base = open_base(str(extended(name).base), "tokenizer", False)
