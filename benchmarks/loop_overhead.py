@@ -48,6 +48,7 @@ from llm_recipes.training import optimizer, proofs, schedule
 from llm_recipes.training.guard import Guard
 from llm_recipes.training.loop import Step, Training, figures, train
 from llm_recipes.training.objective import NextToken
+from llm_recipes.training.phases import Phases
 
 DEFAULTS = {
     "layers": "4", "hidden": "512", "vocab": "16384", "seq_len": "256", "micro_batch_size": "2", "accumulation": "2",
@@ -118,6 +119,7 @@ class Ours:
         proofs.head_equals_logits(self.lm, {key: value.to(place.device) for key, value in sample[0].items()})
         self.feed: deque[list[Batch]] = deque()
         self.training = Training(
+            phases=Phases(place.device),
             models={"policy": self.lm},
             optimizer=adamw,
             objective=NextToken(sources=1),

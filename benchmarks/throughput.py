@@ -10,7 +10,8 @@ KEY=VALUE separated by commas; `peer=true` adds to each a plain transformers mod
 and cross entropy of its logits. Configurations take turns: in each of `rounds` rounds each is built, warmed up and
 measured over `steps` steps, then its memory is freed. Shown are the median over all measured steps, and the
 quartiles; `ratio` is a row's seconds over ours of the same configuration. Nothing waits for a GPU between steps: they
-are timed by its own events.
+are timed by its own events. Where the time of our steps went is told by phase: data, forward, backward, optimizer,
+rest (`llm_recipes.training.phases`); `profile.steps` gives a run a trace.
 
     MFU = tokens/s/device * (6 * matrix parameters + 12 * layers * heads * head_dim * seq_len) / peak FLOPs
     (llm_recipes.models.flops; recomputation is not counted, and no peak is known for a CPU)
@@ -26,6 +27,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -145,8 +147,8 @@ def peak_bytes(device: torch.device) -> int:
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
-def measure(kind: type, place: Topology, options: Options, steps: int, warmup: int) -> tuple[list[float], int, Any]:
-    """Seconds of each step, peak bytes, and what a token costs."""
+def measure(kind: type, place: Topology, options: Options, steps: int, warmup: int) -> tuple[Any, ...]:
+    """Seconds of each step, peak bytes, what a token costs, and seconds of each phase; the last two of ours alone."""
     shape = SHAPES[options["shape"]]
     numbers = [int(options[key]) for key in ("seq_len", "micro_batch_size", "accumulation", "documents")]
     batches = [draw_batches(shape["vocab_size"], *numbers, seed) for seed in range(place.rank, 4 + place.rank)]
@@ -157,11 +159,14 @@ def measure(kind: type, place: Topology, options: Options, steps: int, warmup: i
     for number in range(warmup):
         contender.step(batches[number % 4])
     watch = Stopwatch(place.device)
+    if kind is Ours:
+        contender.training.phases.start()
     watch.mark()
     for number in range(steps):
         contender.step(batches[number % 4])
         watch.mark()
-    return watch.seconds(), peak_bytes(place.device), contender.lm.cost if kind is Ours else None
+    own = (contender.lm.cost, contender.training.phases.stop()) if kind is Ours else (None, {})
+    return watch.seconds(), peak_bytes(place.device), *own
 
 
 def configurations(options: Options) -> Iterator[tuple[str, dict[str, str]]]:
@@ -185,13 +190,15 @@ def main(arguments: list[str]) -> None:
     steps, warmup, rounds = (int(options[key]) for key in ("steps", "warmup", "rounds"))
     times: dict[tuple[int, type], list[float]] = {(run, kind): [] for run in range(len(runs)) for kind in kinds}
     peaks, costs = dict.fromkeys(times, 0), {}
+    spent: dict[int, Counter[str]] = {run: Counter() for run in range(len(runs))}
     for number in range(rounds):
         for run, kind in times:
             place = topology.start(ParallelConfig(runs[run][1]["sharding"], precision=runs[run][1]["precision"]))
-            seconds, peak, cost = measure(kind, place, runs[run][1], steps, warmup)
+            seconds, peak, cost, phases = measure(kind, place, runs[run][1], steps, warmup)
             times[run, kind] += seconds
             peaks[run, kind] = max(peaks[run, kind], peak)
             costs[run] = cost or costs[run]
+            spent[run].update(phases)
             if place.is_first:
                 print(f"round {number + 1}/{rounds} {kind.__name__.lower()} {runs[run][0]}: "
                       f"median {statistics.median(seconds):.3f} s a step", flush=True)  # fmt: skip
@@ -199,7 +206,7 @@ def main(arguments: list[str]) -> None:
     name = torch.cuda.get_device_name() if place.device.type == "cuda" else f"CPU, {threads} threads a process"
     peak_flops = flops.peak_flops(name)
     title = f"{options['shape']}, {place.ranks} x {name}, torch {torch.__version__}, {rounds} x {steps} steps"
-    rows, formulas = [], []
+    rows, formulas, splits = [], [], []
     for (run, kind), seconds in times.items():
         given, cost = runs[run][1], costs[run]
         tokens = int(given["seq_len"]) * int(given["micro_batch_size"]) * int(given["accumulation"])
@@ -213,13 +220,17 @@ def main(arguments: list[str]) -> None:
         rows.append((f"{base} {runs[run][0]}".strip(), kind.__name__.lower(), f"{median:.3f}", f"{low:.3f}-{high:.3f}",
                      f"{rate:,.0f}", f"{operations / 1e12:.3f}", mfu, f"{peaks[run, kind] / 1e9:.2f}",
                      f"{ratio:.2f}x"))  # fmt: skip
+        if kind is Ours:
+            whole = spent[run].total()
+            shares = ", ".join(f"{phase} {seconds / whole:.1%}" for phase, seconds in spent[run].items())
+            splits.append(f"where the time of ours {runs[run][0]}".rstrip() + f" went: {shares}")
         formulas.append(
             f"{given['shape']}, seq {given['seq_len']}: {cost.parameters:,} parameters ({cost.active_parameters:,} "
             f"active), 6 * {cost.matrix_parameters:,} + 12 * {cost.attention_width:,} * {given['seq_len']} = "
             f"{cost.per_token(int(given['seq_len'])) / 1e9:.3f} GFLOPs a token"
         )
     if place.is_first:
-        show(title, rows, list(dict.fromkeys(formulas)), options["save"])
+        show(title, rows, [*splits, *dict.fromkeys(formulas)], options["save"])
     topology.stop()
 
 

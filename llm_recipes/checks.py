@@ -72,6 +72,8 @@ def check_horizon(config: TrainingConfig, steps: int, where: str) -> None:
     for step in config.evaluation.at_steps:
         if step > steps:
             raise UserError(f"evaluation.at_steps={step} lies past {where}")
+    if config.profile.steps and config.profile.steps[-1] > steps:
+        raise UserError(f"profile.steps={config.profile.steps} lies past {where}")
 
 
 def need(ok: bool, message: str) -> None:
@@ -170,6 +172,12 @@ def check_training(config: TrainingConfig) -> None:
         config.parallel.replicas is None or config.parallel.sharding == "hybrid_shard",
         f"parallel.replicas={config.parallel.replicas} needs parallel.sharding=hybrid_shard",
     )
+    traced, ranks = config.profile.steps, config.profile.ranks
+    need(
+        not traced or (len(traced) == 2 and 1 <= traced[0] <= traced[1]),
+        f"profile.steps={traced}: the first and the last step of a trace, from 1, as [10,12]",
+    )
+    need(all(rank >= 0 for rank in ranks), f"profile.ranks={ranks}: must not be negative")
     no_path = "/" not in config.run.name and config.run.name not in (".", "..")
     for name, source in data.sources.items():
         need(

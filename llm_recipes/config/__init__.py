@@ -20,6 +20,7 @@ from llm_recipes.config.pretrain import (
     OptimConfig,
     ParallelConfig,
     PretrainConfig,
+    ProfileConfig,
     RunConfig,
     ScheduleConfig,
     SourceConfig,
@@ -37,9 +38,9 @@ __all__ = [
     "SCHEMAS", "AdapterConfig", "BatchWarmupConfig", "ChatDataConfig", "ChatSourceConfig", "CheckpointConfig",
     "DataConfig", "EvaluateConfig", "EvaluationConfig", "ExportConfig", "ExtendVocabConfig", "GuardConfig",
     "InstructConfig", "JudgeConfig", "LoggingConfig", "ModelConfig", "OptimConfig", "ParallelConfig", "PlanConfig",
-    "PretrainConfig", "ReportConfig", "RuleConfig", "RunConfig", "ScheduleConfig", "SearchConfig", "SourceConfig",
-    "StageConfig", "SuiteConfig", "TaskConfig", "TokenizeConfig", "TrainConfig", "TrainingConfig", "ValidationConfig",
-    "ValidationSetConfig", "WandbConfig",
+    "PretrainConfig", "ProfileConfig", "ReportConfig", "RuleConfig", "RunConfig", "ScheduleConfig", "SearchConfig",
+    "SourceConfig", "StageConfig", "SuiteConfig", "TaskConfig", "TokenizeConfig", "TrainConfig", "TrainingConfig",
+    "ValidationConfig", "ValidationSetConfig", "WandbConfig",
 ]  # fmt: skip
 
 SCHEMAS: dict[str, type] = {

@@ -212,6 +212,14 @@ class LoggingConfig:
 
 
 @dataclass
+class ProfileConfig:
+    steps: list[int] = field(default_factory=list)
+    """First and last step of which a trace is written into the run's folder: `[10, 12]`. None: no trace."""
+    ranks: list[int] = field(default_factory=lambda: [0])
+    """Processes that write one."""
+
+
+@dataclass
 class RunConfig:
     name: str = REQUIRED
     dir: str = "outputs"
@@ -260,6 +268,7 @@ class TrainingConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     run: RunConfig = field(default_factory=RunConfig)
     dry_run: bool = False
     """All proofs, one step at full size, a save, a load, a comparison, peak memory; then stop."""

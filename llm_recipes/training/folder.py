@@ -25,9 +25,10 @@ from llm_recipes.telemetry import metrics
 log = logging.getLogger(__name__)
 
 MAY_CHANGE = (
-    "train.stop_at", "train.micro_batch_size", "logging", "checkpoint", "validation", "evaluation", "search", "guard",
-    "run", "dry_run", "data.workers", "data.verify", "data.validation", "data.accept_tokenizer", "data.preview",
-    "data.preview_rows", "data.prepared",
+    "train.stop_at", "train.micro_batch_size", "logging", "profile", "checkpoint", "validation", "evaluation", "search",
+    "guard", "run", "dry_run",
+    "data.workers", "data.verify", "data.validation", "data.accept_tokenizer", "data.preview", "data.preview_rows",
+    "data.prepared",
     "parallel.sharding", "parallel.replicas", "parallel.reduce", "parallel.cpu_offload", "parallel.timeout_seconds",
     "model.activation_checkpointing", "model.compile", "model.attention", "model.shape",
 )  # fmt: skip

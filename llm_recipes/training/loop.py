@@ -21,6 +21,7 @@ from llm_recipes.data.stream import Batch, with_counted
 from llm_recipes.training import optimizer as optim
 from llm_recipes.training.guard import FINE, Guard
 from llm_recipes.training.objective import Models, Objective
+from llm_recipes.training.phases import Phases
 from llm_recipes.training.schedule import BatchSpans, LearningRate
 from llm_recipes.training.trainable import Trainable
 from llm_recipes.training.watch import Watch
@@ -57,6 +58,7 @@ class Training:
     trainable: Trainable = field(default_factory=Trainable)
     progress: Progress = field(default_factory=Progress)
     watch: Watch = field(default_factory=Watch)
+    phases: Phases = field(default_factory=Phases)
     saver: Saver | None = None
 
 
@@ -115,7 +117,8 @@ def train(run: Training, stop: int) -> Iterator[Step]:
         step = run.progress.step
         run.watch.beat(f"reading the data of step {step + 1}")
         started = time.perf_counter()
-        micro_batches = [to_device(with_counted(batch), topology.device) for batch in next(run.batches)]
+        with run.phases("data"):
+            micro_batches = [to_device(with_counted(batch), topology.device) for batch in next(run.batches)]
         for_data = time.perf_counter() - started
         run.watch.beat(f"step {step + 1}")
         seed_step(run.seed, step, topology.data_rank)
@@ -133,9 +136,11 @@ def train(run: Training, stop: int) -> Iterator[Step]:
             model.set_is_last_backward(last)
             # What is whole from the forward pass to the backward pass stays whole to the step's end: gathered once.
             model.set_reshard_after_backward(last, recurse=not topology.reshard_after_forward)
-            total, per_window, reported = run.objective.loss(run.models, batch)
-            loss = (total / targets.clamp(min=1) + per_window / samples) * topology.data_ranks
-            (loss * run.loss_scale.value).backward()
+            with run.phases("forward"):
+                total, per_window, reported = run.objective.loss(run.models, batch)
+                loss = (total / targets.clamp(min=1) + per_window / samples) * topology.data_ranks
+            with run.phases("backward"):
+                (loss * run.loss_scale.value).backward()
             reported["loss"] = total.detach()
             for name, value in reported.items():
                 sums[name] = sums[name] + value if name in sums else value
@@ -161,8 +166,9 @@ def train(run: Training, stop: int) -> Iterator[Step]:
         run.optimizer.found_inf = left_out.to(parameters[0].device)  # type: ignore[attr-defined]
         if run.saver is not None:
             run.saver.wait_for_copy()
-        run.optimizer.step()
-        run.optimizer.zero_grad(set_to_none=True)
+        with run.phases("optimizer"):
+            run.optimizer.step()
+            run.optimizer.zero_grad(set_to_none=True)
         run.loss_scale.update((~torch.isfinite(norm)).float())
 
         run.progress.step += 1

@@ -33,6 +33,7 @@ from llm_recipes.training.guard import Guard
 from llm_recipes.training.lock import Lock
 from llm_recipes.training.loop import Training, to_device
 from llm_recipes.training.objective import NextToken
+from llm_recipes.training.phases import Phases
 from llm_recipes.training.trainer import Trainer, resume
 from llm_recipes.training.watch import early_signals
 
@@ -76,6 +77,8 @@ def _train(config: TrainingConfig, me: topology.Launch) -> str | None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")
         torch.use_deterministic_algorithms(True)
+    if config.profile.steps and max(config.profile.ranks, default=0) >= me.ranks:
+        raise UserError(f"profile.ranks={config.profile.ranks}: the processes are 0 to {me.ranks - 1}")
     base = tokenizers.resolve(config.model.path, "model.path", config.model.trust_remote_code)
     # What is seen at a glance first: conversations may take an hour to prepare.
     loading.open_config(config.model, base)
@@ -167,6 +170,7 @@ class _Run:
             seed=config.train.seed,
             seq_len=config.data.seq_len,
             trainable=trained,
+            phases=Phases(place.device),
         )
         if found is not None:
             kept = state.restore(found, lm.model, training.optimizer)

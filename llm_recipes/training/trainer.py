@@ -33,6 +33,7 @@ from llm_recipes.training.evaluating import Evaluator
 from llm_recipes.training.folder import RunFolder
 from llm_recipes.training.lock import Lock
 from llm_recipes.training.loop import Progress, Step, Training, figures, train
+from llm_recipes.training.profile import Profile
 from llm_recipes.training.watch import Guardian
 
 log = logging.getLogger(__name__)
@@ -82,6 +83,7 @@ class Trainer:
         )
         self.evaluator = Evaluator(config, self.suites, self.place, self.folder, self.base, self._write)
         self.answering = Answering(config, self.prompts, self.place, self.folder.path)
+        self.profile = Profile(config.profile, self.training.phases, self.place, self.folder.path)
         self.clock = Clock(self.lm, config.data.seq_len, self.training.progress.step)
         self.safe = self.training.progress.step
         """The step that nobody can lose any more."""
@@ -134,6 +136,7 @@ class Trainer:
                 self.saver.finish()  # its ranks are still in step
             raise
         finally:
+            self.profile.close()
             self.tracker.close()
             self.events.close()
             self.metrics.close()
@@ -145,8 +148,10 @@ class Trainer:
         # Closed: the processes that prepare batches end here, and are not waited for when this one ends.
         with contextlib.closing(batches), terminal.StepProgress(start, self.stop, self.place.is_first) as bar:
             self.clock.restart(start)
+            self.profile.before(start)
             for step in train(training, self.stop):
                 self.clock.add(step)
+                self.profile.after(step.number)
                 bar.step(step.number)
                 if step.number == start + 1:
                     self.events.write("first_step", step.number, seconds=self._age())
@@ -177,6 +182,7 @@ class Trainer:
                         self.answering.of_step(self.lm, step.number, self.horizon, self.watch.beat)
                 if asked:
                     return next(why for why in self.place.gather(self.watch.reason) if why is not None)
+                self.profile.before(step.number)
         return None
 
     def _age(self) -> float:
