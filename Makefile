@@ -41,7 +41,7 @@ setup:  ## the virtual environment .venv, with everything that the tests and the
 	echo "$$wanted" > $(VENV)/ready; \
 	echo "setup: done in $$((SECONDS - start)) s"
 
-PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 test: setup  ## the tests (ten minutes on two cores)
 	$(PYTEST) -m 'not slow' $(ARGS)

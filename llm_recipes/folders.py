@@ -59,13 +59,13 @@ def write_whole(path: Path, text: str) -> None:
     """As a whole, or not at all; whoever else writes it at the same time, on this host or another, is not met.
 
     Raises:
-        OSError: it cannot be written; nothing is left behind.
+        OSError: it cannot be written. Nothing is left behind, whatever goes wrong.
     """
     beside = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
     try:
         beside.write_text(text, encoding="utf-8", newline="")
         os.replace(beside, path)
-    except OSError:
+    except BaseException:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
         raise

@@ -155,7 +155,7 @@ def _warn_of(template: Template, config: InstructConfig) -> None:
             "trained these tokens does not learn them so; the templates llm_jp and alpaca do without",
             config.data.template, ", ".join(still),
         )  # fmt: skip
-    if "strftime_now" in written and not config.data.template_arguments:
+    if "strftime_now" in written and "date_string" not in config.data.template_arguments:
         log.warning(
             "the chat template writes the date into conversations: they keep that of the day on which they are "
             "prepared; data.template_arguments may settle it (date_string, in Llama's)"

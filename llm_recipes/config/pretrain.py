@@ -129,7 +129,8 @@ class ParallelConfig:
     """With `hybrid_shard`: how many copies of the model. None: one per host."""
     precision: str = choice("bf16-mixed", "fp32", "bf16", "fp16-mixed")
     reduce: str = choice("every", "last")
-    """Reduce gradients after every micro-batch (less memory) or once a step (less communication)."""
+    """Reduce gradients after every micro-batch (less memory) or once a step (less communication). With `no_shard`,
+    where no memory would be saved, it is always once a step."""
     cpu_offload: bool = False
     timeout_seconds: int = 1800
     """How long a collective may wait for the slowest rank."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from transformers.core_model_loading import build_glob_alternation
 
@@ -173,6 +173,18 @@ def shard(
     for name, parameter in model.named_parameters():
         if not isinstance(parameter, DTensor):
             raise RuntimeError(f"{name} was left out of the sharding: its gradient would not be reduced")
+
+
+def make_whole_once(model: nn.Module) -> None:
+    """Gather every group once, and give it back.
+
+    Where gradients are added up before they are reduced, FSDP2 (torch 2.13) asks also a group that no pass comes to, as
+    the image tower of a model that reads text, for its whole parameters, and fails if it has never had any.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+            module.reshard()
 
 
 def shared_parameters(model: nn.Module) -> set[nn.Parameter]:

@@ -84,7 +84,7 @@ def memory(config: PlanConfig, layout: Layout, passed: Trace, devices: int) -> M
         Memory(**fixed, **_split(each, name, passed), **around.forward(name), moment=f"forward pass of {shown(name)}")
         for name, each in passed.forward.items()
     ]
-    for last in (True, False) if around.stays and micro_batches > 2 else (True,):
+    for last in (True, False) if around.stays or once else (True,):
         moments += [
             Memory(**fixed, **_split(each, name, passed), **around.backward(name, last),
                    moment=f"backward pass of {shown(name)}")
@@ -190,23 +190,33 @@ class _Around:
     def backward(self, name: str, last: bool) -> dict[str, int]:
         """
         Args:
-            last: of the step's last micro-batch; else of one in the middle, for groups that stay whole.
+            last: of the step's last micro-batch; else of one before it, where what stays whole is not given back.
         """
         order, at = self.order, -1 if name == INPUT else self._at(name)
-        if not last and self.once:
-            return self._parts(sum(each.gathered for each in order), 0, [])
         there = order[: at + 1] if last else order
         held = self._whole(name) if self.layout.reshard else sum(each.gathered for each in there)
         if self.layout.reshard and self.layout.shards > 1 and 0 < at < len(order):
             held += order[at - 1].gathered  # fetched ahead
         done = order[at + 1 :]
-        return self._parts(held, REDUCED * done[0].trained if done else self._from_before(), done)
+        reduced = REDUCED * done[0].trained if done else self._from_before()
+        return self._parts(held, reduced, done) if last else self._earlier(held, reduced, done)
 
     def end(self, last: bool) -> dict[str, int]:
         """As `backward`."""
-        if not last and self.once:
-            return self._parts(sum(each.gathered for each in self.order), 0, [])
         largest = max(each.trained for each in self._last)
-        held = sum(each.gathered for each in (self._last[1:] if last else self.order))
+        reduced = REDUCED * (largest + largest // self.layout.shards)
         done = [each for each in self.order if each not in self._last]
-        return self._parts(held, REDUCED * (largest + largest // self.layout.shards), done)
+        if last or not self.stays:
+            held = sum(each.gathered for each in self._last[1:])
+        else:  # In the last one the root has been given back by now.
+            held = sum(each.gathered for each in [*self.order, self.layout.groups[ROOT]])
+        return self._parts(held, reduced, done) if last else self._earlier(held, reduced, done)
+
+    def _earlier(self, gathered: int, reduced: int, done: list[Group]) -> dict[str, int]:
+        """As `_parts`, of a micro-batch in the middle of the step; of the first one where there are only two."""
+        first = self.micro_batches == 2
+        if not self.once:
+            local = sum(each.trained_local for each in done)
+            return self._parts(gathered, reduced, done) | ({"gradients": self.every * local} if first else {})
+        whole = REDUCED * sum(each.trained for each in (done if first else self.layout.groups.values()))
+        return self._parts(gathered, 0, []) | {"accumulated": whole}

@@ -1,5 +1,6 @@
 """What a run reads, opened and checked before any GPU is used: token files, or conversations."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,8 @@ from llm_recipes.evaluation import bits_per_byte
 from llm_recipes.models import loading
 from llm_recipes.models.causal import CausalLM
 from llm_recipes.training import schedule, trainable
+
+log = logging.getLogger(__name__)
 
 Validate = Callable[[CausalLM, int, Callable[[str], None]], dict[str, Any]]
 """Scores of the held-out sets by name: of a model, in micro-batches of a size, saying now and then that it lives."""
@@ -68,7 +71,8 @@ def open_data(config: TrainingConfig, folder: str, ranks: int, is_first: bool = 
         UserError: what does not fit, and where.
     """
     own = loading.open_config(config.model, folder)
-    _refuse_long_windows(config.data.seq_len, own)
+    if is_first:
+        _warn_of_long_windows(config.data.seq_len, own)
     first_new_row = trainable.first_new_row(config, own)
     tokenizer = tokenizers.open_tokenizer(folder, config.model.trust_remote_code)
     facts = corpora.TokenizerFacts(
@@ -88,15 +92,16 @@ def open_data(config: TrainingConfig, folder: str, ranks: int, is_first: bool = 
     return data
 
 
-def _refuse_long_windows(seq_len: int, own: Any) -> None:
-    """Raise `UserError` where a window has more tokens than the model has positions: rotary ones go on past those that
-    the model was trained on, and nothing but its answers would say so."""
+def _warn_of_long_windows(seq_len: int, own: Any) -> None:
+    """Rotary positions go on past those that a model has seen, and nothing but its answers says so. Some models do well
+    there, and what is packed may be shorter than its window: no reason to refuse it."""
     most = getattr(own.get_text_config(), "max_position_embeddings", None)
-    if isinstance(most, int) and seq_len > most:
-        raise UserError(
-            f"data.seq_len={seq_len}: the model has {most} positions; shorten the windows or, to teach it longer ones, "
-            f"give model.overrides.max_position_embeddings={seq_len} and its rope_parameters"
-        )
+    if isinstance(most, int) and 0 < most < seq_len:
+        log.warning(
+            "data.seq_len=%d is more than the %d positions that the model's configuration names "
+            "(max_position_embeddings): documents longer than that are new to it",
+            seq_len, most,
+        )  # fmt: skip
 
 
 def _open_tokens(config: PretrainConfig, facts: corpora.TokenizerFacts, ranks: int) -> Data:

@@ -134,8 +134,8 @@ def train(run: Training, stop: int) -> Iterator[Step]:
             last = number == len(micro_batches) - 1
             model.set_requires_gradient_sync(reduce_every or last)
             model.set_is_last_backward(last)
-            # What is whole from the forward pass to the backward pass stays whole to the step's end: gathered once.
-            model.set_reshard_after_backward(last, recurse=not topology.reshard_after_forward)
+            if not topology.reshard_after_forward:  # What stays whole for the backward pass does so to the step's end.
+                model.set_reshard_after_backward(last)
             with run.phases("forward"):
                 total, per_window, reported = run.objective.loss(run.models, batch)
                 loss = (total / targets.clamp(min=1) + per_window / samples) * topology.data_ranks

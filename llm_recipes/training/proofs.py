@@ -2,9 +2,11 @@
 
 import logging
 import math
+import re
 from dataclasses import replace
 
 import torch
+from torch import nn
 
 from llm_recipes.data.documents import IGNORE
 from llm_recipes.data.stream import Batch
@@ -24,6 +26,20 @@ WITHOUT = {
     "data.packing": "for a window to each conversation",
 }
 """What comes of a key that keeps documents apart when it is false."""
+
+
+TABLE = re.compile(r"wpe|position")
+"""In the names of embeddings of positions."""
+
+
+def positions_suffice(lm: CausalLM, seq_len: int) -> None:
+    """Raise `UserError` where the model has a table of learned positions and a window goes past its end."""
+    named = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
+    for name, module in lm.model.named_modules():
+        if isinstance(module, nn.Embedding) and TABLE.search(name):
+            most = min(module.num_embeddings, named or module.num_embeddings)
+            if seq_len > most:
+                raise UserError(f"data.seq_len={seq_len}: the model has a table of {most} positions ({name}), no more")
 
 
 def isolate_documents(lm: CausalLM, wanted: bool, key: str = "data.mask_documents") -> None:

@@ -265,6 +265,7 @@ class _Run:
 
     def _prove(self, lm: CausalLM, samples: Samples, step: int) -> None:
         """Everything that can be shown before the first step, on the batch that it will take."""
+        proofs.positions_suffice(lm, self.config.data.seq_len)
         with contextlib.closing(self._batches(samples, lm, step, step + 1)) as batches:
             first = next(batches)[0]
         batch = to_device(first, self.place.device)

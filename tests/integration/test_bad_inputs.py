@@ -223,7 +223,6 @@ PRETRAIN: list[Case] = [
     ("schedule.decay_steps=-1", "schedule.decay_steps=-1: must not be negative"),
     ("parallel.timeout_seconds=99999999999999999999", "must not be more than"),
     ("data.seq_len=99999999999", "data.seq_len=99999999999: must not be more than"),
-    ("data.seq_len=129", "data.seq_len=129: the model has 128 positions"),
     ("data.bos=always", "start without BOS, but data.bos=always means with; set data.bos=never"),
     ("data.stages=[{shar:1,weights:{ja:1}}]", "unknown key 'shar', did you mean 'share'?"),
     ("data.stages=[{share:1,weights:{ja:inf}}]", "data.stages[0].weights.ja=inf: must be a finite number"),

@@ -16,6 +16,8 @@ OPTIONS = {
     "precision": "bf16-mixed", "attention": "eager", "sharding": "full_shard", "reduce": "every", "ranks": "4",
     "activation_checkpointing": "none",
 }  # fmt: skip
+LARGE = {"vocab": "8192", "ranks": "16", "seq_len": "64", "micro_batch_size": "1", "activation_checkpointing": "full"}
+"""The head outweighs the layers, and a rank's shard is little."""
 CASES: dict[str, dict[str, str]] = {
     "plain": {},
     "selective": {"activation_checkpointing": "selective"},
@@ -43,6 +45,13 @@ CASES: dict[str, dict[str, str]] = {
     "a copy on each, bf16": {"sharding": "no_shard", "precision": "bf16"},
     "copies, three micro-batches": {"sharding": "no_shard", "accumulation": "3"},
     "fp32": {"precision": "fp32"},
+    "a large vocabulary": LARGE,
+    "a large vocabulary, whole after forward": LARGE | {"sharding": "shard_grad_op"},
+    "a large vocabulary, whole after forward, three micro-batches": LARGE
+    | {
+        "sharding": "shard_grad_op",
+        "accumulation": "3",
+    },
 }
 
 FAMILIES: dict[str, dict[str, Any]] = {

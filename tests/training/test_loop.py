@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -53,8 +54,9 @@ def step(folder: str, targets: list[int], settings: dict[str, Any]) -> dict[str,
     names = ("sharding", "replicas", "precision", "reduce", "cpu_offload")
     parallel = ParallelConfig(**{"precision": "fp32", **{key: settings[key] for key in names if key in settings}})
     place = topology.start(parallel)
-    lm = causal.build(ModelConfig(path=folder), parallel, place, folder, True, seed=0)
-    proofs.isolate_documents(lm, True)
+    separate = settings.get("separate", True)
+    lm = causal.build(ModelConfig(path=folder), parallel, place, folder, separate, seed=0)
+    proofs.isolate_documents(lm, separate)
     every = windows(targets)
     share = len(every) // place.ranks
     mine = every[place.rank * share : (place.rank + 1) * share]
@@ -69,7 +71,8 @@ def step(folder: str, targets: list[int], settings: dict[str, Any]) -> dict[str,
     original = optim.step
 
     def recording(*arguments: Any) -> Any:
-        handed.update({name: each.grad.full_tensor() for name, each in lm.model.named_parameters()})
+        with_gradient = {name: each for name, each in lm.model.named_parameters() if each.grad is not None}
+        handed.update({name: each.grad.full_tensor() for name, each in with_gradient.items()})
         return original(*arguments)
 
     optim.step = recording  # type: ignore[method-assign]
@@ -159,8 +162,8 @@ def test_unequal_targets_weigh_by_their_number_on_any_ranks_and_micro_batches(
 @pytest.mark.parametrize(
     ("settings", "gathers", "reductions", "sums"),
     [
-        ({"sharding": "full_shard"}, 1 + 4 * 3 * 2, 4 * 4, 0),
-        ({"sharding": "full_shard", "reduce": "last"}, 1 + 4 * 3 * 2, 4, 0),
+        ({"sharding": "full_shard"}, 4 * (1 + 3 * 2), 4 * 4, 0),
+        ({"sharding": "full_shard", "reduce": "last"}, 4 * (1 + 3 * 2), 4, 0),
         ({"sharding": "shard_grad_op"}, 4, 4 * 4, 0),
         ({"sharding": "no_shard"}, 0, 0, 4),
     ],
@@ -168,13 +171,30 @@ def test_unequal_targets_weigh_by_their_number_on_any_ranks_and_micro_batches(
 def test_what_stays_whole_is_gathered_once_a_step_and_nothing_is_reduced_in_vain(
     ranks: Any, tiny_models: Any, settings: dict[str, Any], gathers: int, reductions: int, sums: int
 ) -> None:
-    """Four micro-batches; the model's groups are two layers, the input embedding, and the root with the head, which is
-    whole in both passes of any sharding."""
+    """Four micro-batches; the model's groups are two layers, the input embedding, and the root with the head, which
+    stays whole between the two passes of any sharding."""
     for found in ranks(2, step, str(tiny_models["mistral"]), UNEQUAL * 2, settings):
         count = found["collectives"]
         assert count.get("_allgather_base_", 0) == gathers
         assert count.get("_reduce_scatter_base_", 0) == reductions
         assert count["allreduce_"] == 3 + sums, "the step's own: number of targets, norm, loss"
+
+
+@pytest.mark.parametrize(
+    ("size", "settings"),
+    [(1, {}), (2, {}), (2, {"sharding": "no_shard"}), (2, {"reduce": "last"}), (2, {"sharding": "shard_grad_op"})],
+)
+def test_a_part_of_the_model_that_no_text_comes_to_is_left_alone(
+    ranks: Any, tmp_path: Path, size: int, settings: dict[str, Any]
+) -> None:
+    """A model of images and text; two micro-batches on each rank."""
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+              "image_size": 28, "patch_size": 14}  # fmt: skip
+    folder = tiny.save_model(tmp_path / "git", "git", vision_config=vision, num_key_value_heads=None)
+    for found in ranks(size, step, str(folder), UNEQUAL, {**settings, "separate": False}):
+        assert math.isfinite(found["row"]["loss"])
+        moved = {name for name, moved in found["moved"].items() if moved}
+        assert moved and not any("image" in name or "visual" in name for name in moved)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

@@ -168,7 +168,14 @@ def test_dry_run_proves_saves_loads_compares_and_keeps_nothing(
     assert sorted(path.name for path in folder.iterdir()) == there
 
 
-LONG = {"data__seq_len": 1500, "model__overrides": {"max_position_embeddings": 1500}}
+def test_a_window_past_a_table_of_positions_is_refused(ranks: Any, tiny_models: Any, workplace: Workplace) -> None:
+    """Rotary positions go on, which is said in the log; a table ends."""
+    long = {"data__seq_len": 129, "train__steps": 1, "schedule__warmup_steps": 0, "train__global_batch_size": 2}
+    refused, told = (tiny.pretrain_config(workplace(each), tiny_models[each], **long) for each in ("gpt2", "mistral"))
+    said = "data.seq_len=129: the model has a table of 128 positions (transformer.wpe), no more"
+    assert ranks(2, run, refused) == [said] * 2
+    (problem, lines), _ = ranks(2, logged, told)
+    assert problem is None and any("data.seq_len=129 is more than the 128 positions" in line for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -178,9 +185,8 @@ LONG = {"data__seq_len": 1500, "model__overrides": {"max_position_embeddings": 1
         (2, {"train__batch_warmup": {"start": 1, "steps": 4}}, "does not divide into 2 processes"),
         (1, {"model__path": "/nowhere"}, "model.path=/nowhere: no such model folder"),
         (1, {"data__sources": {"ja": {"path": "/nowhere/ja"}, "en": {"path": "/nowhere/en"}}}, "no such token file"),
-        (2, LONG | {"train__global_batch_size": 2}, None),
-        (4, LONG | {"train__global_batch_size": 4}, "4 processes and 2 samples"),
-        (1, {"data__seq_len": 1500}, "data.seq_len=1500: the model has 128 positions"),
+        (2, {"data__seq_len": 1500, "train__global_batch_size": 2}, None),
+        (4, {"data__seq_len": 1500, "train__global_batch_size": 4}, "4 processes and 2 samples"),
         (1, {"data__bos": "always"}, "data.bos=always means with"),
         (1, {"model__overrides": {"hiden_size": 3}}, "did you mean 'hidden_size'"),
         (1, {"model__overrides": {"vocab_size": 100}}, "past the model's vocabulary of 100"),
