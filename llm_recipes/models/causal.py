@@ -227,7 +227,6 @@ def build(
     if beside is not None:
         adapters.fill(model, seed, where)
         adapters.freeze(model)
-    sharding.make_whole_once(model)
     log.info(
         "model %s: %s parameters (%s active), %d layers, attention %s (%s), %s%s",
         model.config.model_type,

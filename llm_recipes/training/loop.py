@@ -18,6 +18,7 @@ import torch
 
 from llm_recipes.checkpoints.saving import Saver
 from llm_recipes.data.stream import Batch, with_counted
+from llm_recipes.models import sharding
 from llm_recipes.training import optimizer as optim
 from llm_recipes.training.guard import FINE, Guard
 from llm_recipes.training.objective import Models, Objective
@@ -111,6 +112,7 @@ def train(run: Training, stop: int) -> Iterator[Step]:
     policy = run.models["policy"]
     topology, model = policy.topology, policy.model
     reduce_every = run.reduce_every and topology.shard_ranks > 1  # each rank has a whole gradient: no memory to save
+    sharding.make_whole_once(model)
     parameters = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]
 
     while run.progress.step < stop:

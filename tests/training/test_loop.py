@@ -162,9 +162,9 @@ def test_unequal_targets_weigh_by_their_number_on_any_ranks_and_micro_batches(
 @pytest.mark.parametrize(
     ("settings", "gathers", "reductions", "sums"),
     [
-        ({"sharding": "full_shard"}, 4 * (1 + 3 * 2), 4 * 4, 0),
-        ({"sharding": "full_shard", "reduce": "last"}, 4 * (1 + 3 * 2), 4, 0),
-        ({"sharding": "shard_grad_op"}, 4, 4 * 4, 0),
+        ({"sharding": "full_shard"}, 4 + 4 * (1 + 3 * 2), 4 * 4, 0),
+        ({"sharding": "full_shard", "reduce": "last"}, 4 + 4 * (1 + 3 * 2), 4, 0),
+        ({"sharding": "shard_grad_op"}, 4 + 4, 4 * 4, 0),
         ({"sharding": "no_shard"}, 0, 0, 4),
     ],
 )
@@ -172,7 +172,7 @@ def test_what_stays_whole_is_gathered_once_a_step_and_nothing_is_reduced_in_vain
     ranks: Any, tiny_models: Any, settings: dict[str, Any], gathers: int, reductions: int, sums: int
 ) -> None:
     """Four micro-batches; the model's groups are two layers, the input embedding, and the root with the head, which
-    stays whole between the two passes of any sharding."""
+    stays whole between the two passes of any sharding. All four are gathered once more as a launch begins."""
     for found in ranks(2, step, str(tiny_models["mistral"]), UNEQUAL * 2, settings):
         count = found["collectives"]
         assert count.get("_allgather_base_", 0) == gathers
