@@ -215,7 +215,7 @@ class LoggingConfig:
 @dataclass
 class ProfileConfig:
     steps: list[int] = field(default_factory=list)
-    """First and last step of which a trace is written into the run's folder: `[10, 12]`. None: no trace."""
+    """First and last step of which a trace is written into the run's folder: `[10, 12]`. Empty: no trace."""
     ranks: list[int] = field(default_factory=lambda: [0])
     """Processes that write one."""
 
