@@ -1,6 +1,7 @@
 """A model's sizes under a configuration, from the model itself on the meta device: no weights, no memory, no GPU."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -89,6 +90,11 @@ class Sizes:
 
         return self._once(("layout", config.parallel, devices, config.devices_per_host), find)
 
+    def whole(self, config: PlanConfig) -> Layout:
+        """The model on one device."""
+        alone = replace(config.parallel, sharding="full_shard", replicas=None)
+        return self.layout(replace(config, parallel=alone), 1)
+
     def trace(self, config: PlanConfig) -> Trace:
         """A micro-batch's pass, in the dtype that computes. Of a model that cannot do without numbers (it looks at its
         own values to decide what to compute): a pass that holds nothing, and `problem` says so."""
@@ -102,7 +108,7 @@ class Sizes:
             names = ("input_ids", "position_ids", "document_ids", "targets")
             batch: Batch = {name: torch.zeros((rows, tokens), dtype=torch.int64, device="meta") for name in names}
             head.CHUNK_ELEMENTS["meta"] = head.CHUNK_ELEMENTS[self.device]
-            groups = self.layout(config, 1).groups
+            groups = self.whole(config).groups
             try:
                 return trace(lm, groups, batch)
             except Exception as error:  # met by whatever line of the model's code looks at a value

@@ -147,6 +147,16 @@ def test_a_device_can_be_given_by_hand() -> None:
     assert (found.name, found.memory, found.peak) == ("mi300x", 192e9, 1307e12)
 
 
+def test_copies_that_are_asked_for_by_number(sizes_of: Any, tiny_models: dict[str, Path]) -> None:
+    """What a pass makes is found on one device, which has no copies."""
+    sizes, config = sizes_of(tiny_models["mistral"], {"parallel": {"sharding": "hybrid_shard", "replicas": 2}})
+    copies = sizes.memory(config, 4)
+    config.parallel.sharding, config.parallel.replicas = "full_shard", None
+    assert (
+        copies.weights == sizes.memory(config, 2).weights and copies.activations == sizes.memory(config, 2).activations
+    )
+
+
 def test_candidates_change_keys_and_are_refused_as_a_run_is(planned: Any, tiny_models: dict[str, Path]) -> None:
     config = planned({"model": {"path": str(tiny_models["mistral"])}, "train": {"micro_batch_size": 2}})
     config.candidates = {"small": {"train": {"micro_batch_size": 1}}, "offload": {"parallel.cpu_offload": True}}
