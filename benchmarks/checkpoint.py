@@ -148,7 +148,7 @@ class Bench:
         self.training.training.saver = self  # type: ignore[assignment]
         self.group = place.group_of_its_own()  # what is asked here is not in the way of what is measured
         saver = Saver(work, base, CheckpointConfig(keep=None), place)
-        saver.reserve(self.training.lm.model)
+        saver.reserve(self.training.lm.model, self.training.training.optimizer)
         group = place.group_of_its_own() if options["dcp"] == "own" else None
         self.ways: dict[str, Callable[[Path], Pending]] = {
             "ours": partial(ours, self.training, saver, False), "sync": partial(ours, self.training, saver, True),

@@ -1,7 +1,7 @@
 """Predicted memory against measured: the claim is at most 10% between them.
 
     python benchmarks/memory.py [ranks=8] [layers=4] [hidden=512] [vocab=16384] [seq_len=512] [micro_batch_size=2]
-        [accumulation=2] [precision=bf16-mixed] [attention=...] [sharding=full_shard] [reduce=every]
+        [accumulation=2] [precision=bf16-mixed] [attention=...] [sharding=full_shard] [reduce=every] [state=full]
     torchrun --nproc_per_node 2 benchmarks/memory.py ...         # on GPUs
 
 Each row is a model of the Llama family and one way of recomputing. Predicted is what `llm_recipes.plan` says of it.
@@ -49,6 +49,7 @@ from llm_recipes.training.objective import NextToken
 DEFAULTS = {
     "ranks": "8", "layers": "4", "hidden": "512", "vocab": "16384", "seq_len": "512", "micro_batch_size": "2",
     "accumulation": "2", "precision": "bf16-mixed", "attention": "", "sharding": "full_shard", "reduce": "every",
+    "state": "full",
 }  # fmt: skip
 
 
@@ -95,7 +96,7 @@ def measure(place: Topology, folder: Path, options: dict[str, str]) -> int:
     for each in lm.model.parameters():
         torch.nn.init.normal_(each.to_local(), std=0.02)
     batches = draw_batches(int(options["vocab"]), int(options["seq_len"]), rows, accumulation, 1, seed=place.rank)
-    optim = OptimConfig(lr=1e-4)
+    optim = OptimConfig(lr=1e-4, state=options["state"])
     run = Training(
         models={"policy": lm},
         optimizer=optimizer.adamw(lm.model, optim),
@@ -122,7 +123,7 @@ def predict(folder: Path, options: dict[str, str], ranks: int, device: str) -> M
     """What a plan says."""
     rows, accumulation = int(options["micro_batch_size"]), int(options["accumulation"])
     said = {
-        "devices": ranks, "optim": {"lr": 1e-4}, "run": {"name": "memory"},
+        "devices": ranks, "optim": {"lr": 1e-4, "state": options["state"]}, "run": {"name": "memory"},
         "model": {"path": str(folder), "activation_checkpointing": options["activation_checkpointing"],
                   "attention": options["attention"]},
         "data": {"seq_len": int(options["seq_len"]), "mask_documents": False},

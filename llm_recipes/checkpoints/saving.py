@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from llm_recipes.checkpoints import manifest, retention, shards
-from llm_recipes.checkpoints.state import copy_model_files, model_pieces, optimizer_pieces
+from llm_recipes.checkpoints.state import Optimizer, copy_model_files, model_pieces, optimizer_pieces
 from llm_recipes.config import CheckpointConfig
 from llm_recipes.models import adapter as adapters
 from llm_recipes.models.topology import Topology
@@ -89,25 +89,25 @@ class Saver:
         self._stream = torch.cuda.Stream(topology.device) if self._cuda else None
         self._current: _Save | None = None
 
-    def reserve(self, model: Any) -> None:
+    def reserve(self, model: Any, optimizer: Optimizer) -> None:
         """Make the host buffers now: page-locked memory takes seconds to get."""
         for each in model_pieces(model, self.topology.is_first):
-            self._buffer(each.names[0], each)
+            self._buffer(each.names[0], each, each.local.shape, each.local.dtype)
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
                 continue
             each = shards.piece([name], parameter, self.topology.is_first)
-            for key in ("exp_avg", "exp_avg_sq"):
-                self._buffer(f"{name}.{key}", each)
+            for key, (shape, dtype) in optimizer.shapes(parameter).items():
+                self._buffer(f"{name}.{key}", each, shape, dtype)
 
-    def _buffer(self, name: str, each: shards.Piece) -> torch.Tensor | None:
-        """The host memory for a piece; None for what another rank writes."""
+    def _buffer(self, name: str, each: shards.Piece, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
+        """The host memory for a piece, or for what lies as a piece does; None for what another rank writes."""
         if not each.mine:
             return None
         if name not in self._buffers:
             # Pages that nobody has touched cost nothing yet, unless they are locked.
             pinned = self._cuda and each.local.is_cuda
-            self._buffers[name] = torch.empty(each.local.shape, dtype=each.local.dtype, pin_memory=pinned)
+            self._buffers[name] = torch.empty(shape, dtype=dtype, pin_memory=pinned)
         return self._buffers[name]
 
     @property
@@ -118,7 +118,7 @@ class Saver:
         self,
         step: int,
         model: Any,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizer,
         state: Mapping[str, Any],
         files: Callable[[], Mapping[str, str]],
     ) -> None:
@@ -183,7 +183,7 @@ class Saver:
         """Every piece into its buffer, which takes the piece's place."""
         for pieces in (save.model, save.moments):
             for at, each in enumerate(pieces):
-                buffer = self._buffer(each.names[0], each)
+                buffer = self._buffer(each.names[0], each, each.local.shape, each.local.dtype)
                 if buffer is not None:
                     buffer.copy_(each.local, non_blocking=True)
                     pieces[at] = replace(each, local=buffer)

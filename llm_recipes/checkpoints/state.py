@@ -2,15 +2,17 @@
 
 `model/` holds the weights under transformers' names, with config and tokenizer beside them: a model folder. Where an
 adapter trains it holds the adapter (see `adapters`).
-`optimizer/` holds `<parameter>.exp_avg`, `.exp_avg_sq` and `.step`, and no hyperparameters: those are the
-configuration's. A parameter that never had a gradient has no state, and the manifest names it.
+`optimizer/` holds `<parameter>.exp_avg`, `.exp_avg_sq` and `.step` (of moments in 8 bits their scales too), and no
+hyperparameters: those are the configuration's. A parameter that never had a gradient has no state, and the manifest
+names it.
 """
 
 import json
 import logging
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -23,9 +25,23 @@ from llm_recipes.models.topology import Topology
 
 log = logging.getLogger(__name__)
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+STEP = "step"
+"""Of a parameter's state what is one number; all else has a value for each of its rows."""
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model")
 OTHER_FILES = ("generation_config.json", "chat_template*", "LICENSE*")
+
+
+class Optimizer(Protocol):
+    """What a checkpoint asks of one."""
+
+    state: Any
+    """Tensors by parameter and name: `step`, and what keeps the moments."""
+
+    def shapes(self, parameter: torch.Tensor) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
+        """The tensors that keep this rank's part of a parameter's moments, by name."""
+
+    def empty_state(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The state before a parameter's first gradient; sharded as the parameter is."""
 
 
 def model_pieces(model: nn.Module, is_first: bool) -> list[shards.Piece]:
@@ -46,9 +62,7 @@ def _all_pieces(model: nn.Module, is_first: bool) -> list[shards.Piece]:
     return [shards.piece(names[key], tensor, is_first) for key, tensor in tensors.items()]
 
 
-def optimizer_pieces(
-    model: nn.Module, optimizer: torch.optim.Optimizer, is_first: bool
-) -> tuple[list[shards.Piece], list[str]]:
+def optimizer_pieces(model: nn.Module, optimizer: Optimizer, is_first: bool) -> tuple[list[shards.Piece], list[str]]:
     """This rank's pieces of the optimizer's tensors, and the parameters that have none; a model beneath an adapter has
     none anywhere, and is not named."""
     pieces: list[shards.Piece] = []
@@ -62,8 +76,8 @@ def optimizer_pieces(
             if parameter.requires_grad or adapters.of(model) is None:
                 absent.append(name)
             continue
-        pieces += [shards.piece([f"{name}.{moment}"], own[moment], is_first) for moment in MOMENTS]
-        pieces.append(shards.piece([f"{name}.step"], own["step"].reshape(1), is_first))
+        pieces += [shards.piece([f"{name}.{key}"], own[key], is_first) for key in own if key != STEP]
+        pieces.append(shards.piece([f"{name}.{STEP}"], own[STEP].reshape(1), is_first))
     return pieces, absent
 
 
@@ -112,7 +126,7 @@ def read_base(model: nn.Module, folder: Path) -> None:
             raise UserError(f"{error}; see model.path and model.overrides") from error
 
 
-def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def restore(folder: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """Read a whole checkpoint into a model and its optimizer. The learning rate is not among what is read.
 
     Returns:
@@ -124,15 +138,30 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
     for name, parameter in model.named_parameters():
         if name in absent or not parameter.requires_grad:
             continue
-        local = parameter.detach()
-        optimizer.state[parameter] = {moment: torch.zeros_like(local) for moment in MOMENTS}
-        optimizer.state[parameter]["step"] = torch.zeros((), dtype=torch.float32, device=local.device)
-    pieces, _ = optimizer_pieces(model, optimizer, is_first=True)
+        optimizer.state[parameter] = optimizer.empty_state(parameter)
+    pieces = _by_name(optimizer_pieces(model, optimizer, is_first=True)[0])
     try:
-        shards.read_pieces(folder / "optimizer", _by_name(pieces))
+        _refuse_other_moments(folder / "optimizer", pieces)
+        shards.read_pieces(folder / "optimizer", pieces)
     except shards.Damaged as error:
         raise UserError(f"{error}; see model.path and model.overrides") from error
     return dict(json.loads((folder / "state.json").read_text(encoding="utf-8")))
+
+
+def _refuse_other_moments(folder: Path, pieces: dict[str, shards.Piece]) -> None:
+    """Codes of 8 bits are no numbers: read as such they would be wrong in silence.
+
+    Raises:
+        UserError: the checkpoint keeps its moments in 8 bits and the run does not, or the other way round.
+    """
+    there = shards.Folder(folder)
+    for name, each in pieces.items():
+        if name in there and (there.dtype(name) == torch.uint8) != (each.local.dtype == torch.uint8):
+            kept = "in 8 bits" if there.dtype(name) == torch.uint8 else "as numbers"
+            raise UserError(
+                f"{folder}: keeps {name} {kept}, and optim.state asks for another form; continue with the optim.state "
+                "that the checkpoint was written with (config.yaml beside it), or begin a new run from its model/"
+            )
 
 
 def refuse_another_model(folder: Path, own: Any) -> None:

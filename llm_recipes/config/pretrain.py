@@ -112,6 +112,9 @@ class OptimConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     eps: float = 1e-8
     grad_clip_norm: float | None = 1.0
+    state: str = choice("full", "bf16", "8bit")
+    """How AdamW's moments are kept between steps: as the weights are, or in half or a quarter of fp32's memory, rounded
+    at random so that they are right on average."""
 
 
 @dataclass

@@ -36,7 +36,7 @@ class Disk:
 def disk(config: PlanConfig, sizes: Sizes, steps: int) -> Disk:
     """The checkpoints of a run of so many steps. Each weight has its dtype, and two moments if it trains."""
     stored = PRECISIONS[config.parallel.precision].storage.itemsize
-    model, optimizer = stored * sizes.numbers, 2 * stored * sizes.trained
+    model, optimizer = stored * sizes.numbers, sizes.whole(config).moments
     keeping = config.checkpoint
     evaluated = [each for each in range(1, steps) if due(config.evaluation, each, steps)]
     saved = sorted({*range(keeping.every, steps, keeping.every), *evaluated, steps})

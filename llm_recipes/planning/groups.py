@@ -1,6 +1,7 @@
 """What each device holds of a model, from the sharding itself: `models.sharding` lays the empty model out over a world
 that is not there (torch's `fake` process group), and this reads where every parameter came to lie."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from llm_recipes.config import ParallelConfig
 from llm_recipes.models import sharding
 from llm_recipes.models.topology import Topology, mesh_shape
+from llm_recipes.training import moments
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class Group:
         gathered: bytes when whole, in the dtype that computes, padded to equal shards.
         trained: numbers, whole and padded, whose gradients are reduced.
         trained_local: of them the first device's.
+        moments: bytes of the optimizer's state that the first device keeps.
+        short: numbers of the largest parameter that the first device updates with moments that are fp32 only meanwhile.
     """
 
     name: str
@@ -35,6 +39,8 @@ class Group:
     gathered: int
     trained: int
     trained_local: int
+    moments: int
+    short: int
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,10 @@ class Layout:
     def trained_local(self) -> int:
         return sum(each.trained_local for each in self.groups.values())
 
+    @property
+    def moments(self) -> int:
+        return sum(each.moments for each in self.groups.values())
+
 
 @contextmanager
 def imagined(config: ParallelConfig, devices: int, hosts: int) -> Iterator[Topology]:
@@ -78,11 +88,12 @@ def imagined(config: ParallelConfig, devices: int, hosts: int) -> Iterator[Topol
         dist.destroy_process_group()
 
 
-def lay_out(model: Any, config: ParallelConfig, devices: int, hosts: int) -> Layout:
+def lay_out(model: Any, config: ParallelConfig, state: str, devices: int, hosts: int) -> Layout:
     """Shard an empty model, in place.
 
     Args:
         model: on the meta device; what does not train has been frozen.
+        state: `optim.state`.
 
     Raises:
         UserError: the devices do not divide into the replicas asked for.
@@ -103,6 +114,8 @@ def lay_out(model: Any, config: ParallelConfig, devices: int, hosts: int) -> Lay
                     gathered=size * sum(whole),
                     trained=sum(n for n, each in zip(whole, own, strict=True) if each.requires_grad),
                     trained_local=sum(each.to_local().numel() for each in own if each.requires_grad),
+                    moments=sum(_moments(each, state) for each in own if each.requires_grad),
+                    short=max((_short(each, state) for each in own if each.requires_grad), default=0),
                 )
         return Layout(groups, place.shard_ranks, place.mesh.ndim > 1, place.reshard_after_forward, precision)
 
@@ -122,6 +135,17 @@ def _own_parameters(module: Any) -> Iterator[DTensor]:
                 yield from walk(child)
 
     yield from walk(module)
+
+
+def _moments(parameter: DTensor, state: str) -> int:
+    """Bytes of the first device's part of a parameter's moments."""
+    kept = state if moments.is_short(tuple(parameter.shape), state) else "full"
+    found = moments.shapes(tuple(parameter.to_local().shape), parameter.dtype, kept)
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in found.values())
+
+
+def _short(parameter: DTensor, state: str) -> int:
+    return parameter.to_local().numel() if moments.is_short(tuple(parameter.shape), state) else 0
 
 
 def _padded(parameter: DTensor, shards: int) -> int:

@@ -36,6 +36,7 @@ def levers(sizes: Sizes, config: PlanConfig, devices: int, now: Memory) -> list[
         ({"train.micro_batch_size": 1}, devices),
         ({"parallel.sharding": "full_shard", "parallel.replicas": None}, devices),
         ({"parallel.reduce": "every"}, devices),
+        ({"optim.state": "8bit"}, devices),
         ({"parallel.cpu_offload": True}, devices),
         ({}, 2 * devices),
         ({}, 4 * devices),

@@ -8,6 +8,7 @@ the way (`trace`), and what FSDP2 (torch's `fully_shard`) holds beside them at e
               reduced; the reduction's input, fp32, of the group before
     the root  whole from the first to the last: what is in no layer, as a rule the last norm and the head
     end       the root's and the input embedding's gradients, which are reduced last
+    update    moments that are kept in fewer bits (`optim.state`), some of them in fp32
 """
 
 from dataclasses import dataclass, fields
@@ -17,6 +18,7 @@ import torch
 from llm_recipes.config import PlanConfig
 from llm_recipes.planning.groups import Group, Layout
 from llm_recipes.planning.trace import INPUT, LOSS, ROOT, Moment, Trace
+from llm_recipes.training.optimizer import TEMPORARY
 
 REDUCED = torch.float32.itemsize
 """Bytes: gradients are reduced in fp32 (`models.sharding`)."""
@@ -37,6 +39,7 @@ class Memory:
         whole_gradients: of the weights, before they are reduced.
         reduced: the reduction's buffers.
         batch: token ids, positions and targets of all micro-batches of a step.
+        update: what the optimizer makes on the way.
         moment: when it is.
         host: page-locked buffers of a checkpoint on its way, and what is offloaded; of one device.
     """
@@ -51,6 +54,7 @@ class Memory:
     whole_gradients: int
     reduced: int
     batch: int
+    update: int
     moment: str
     host: int
 
@@ -65,16 +69,21 @@ class Memory:
         return {name: getattr(self, name) for name in names}
 
 
-def memory(config: PlanConfig, layout: Layout, passed: Trace, devices: int) -> Memory:
-    """The worst moment of a step after the first, when the optimizer has its state."""
+def memory(config: PlanConfig, layout: Layout, passed: Trace, devices: int, chunk: int) -> Memory:
+    """The worst moment of a step after the first, when the optimizer has its state.
+
+    Args:
+        chunk: numbers whose short moments are fp32 at once (`training.optimizer.CHUNK`).
+    """
     micro_batches = config.train.global_batch_size // (devices * config.train.micro_batch_size)
     stored = layout.precision.storage.itemsize
     once = micro_batches > 1 and (config.parallel.reduce == "last" or layout.shards == 1)
     on_device = 0 if config.parallel.cpu_offload else 1
-    kept = stored * (layout.local + 2 * layout.trained_local)
+    kept = stored * layout.local + layout.moments
     fixed = {
         "weights": on_device * stored * layout.local,
-        "optimizer": on_device * 2 * stored * layout.trained_local,
+        "optimizer": on_device * layout.moments,
+        "update": 0,
         "batch": 8 * BATCH_TENSORS * micro_batches * config.train.micro_batch_size * config.data.seq_len,
         # A checkpoint is copied before it is written; of copies of the model the first one writes.
         "host": kept + (0 if on_device else kept + stored * layout.trained_local),
@@ -92,7 +101,21 @@ def memory(config: PlanConfig, layout: Layout, passed: Trace, devices: int) -> M
         ]  # fmt: skip
         end = around.end(last)
         moments.append(Memory(**fixed, **_split(passed.end, ROOT, passed), **end, moment="the last reduction"))
+    moments.append(_update(config, layout, on_device, chunk, fixed))
     return max(moments, key=lambda each: each.total)
+
+
+def _update(config: PlanConfig, layout: Layout, on_device: int, chunk: int, fixed: dict[str, int]) -> Memory:
+    """While the weights move: nothing is gathered, and all gradients are there."""
+    nothing = dict.fromkeys(("accumulated", "activations", "loss", "gathered", "whole_gradients", "reduced"), 0)
+    stored = layout.precision.storage.itemsize
+    numbers = min(chunk, max(each.short for each in layout.groups.values()))
+    bytes_each = TEMPORARY[config.optim.state] + (0 if stored == REDUCED else REDUCED)
+    return Memory(
+        **fixed | nothing | {"update": on_device * numbers * bytes_each},
+        gradients=on_device * stored * layout.trained_local,
+        moment="update",
+    )
 
 
 def shown(name: str) -> str:

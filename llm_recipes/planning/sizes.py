@@ -19,6 +19,7 @@ from llm_recipes.planning.groups import Layout, lay_out
 from llm_recipes.planning.memory import Memory, memory
 from llm_recipes.planning.trace import ROOT, Moment, Trace, trace
 from llm_recipes.training import trainable
+from llm_recipes.training.optimizer import CHUNK
 
 Found = TypeVar("Found")
 
@@ -86,9 +87,10 @@ class Sizes:
 
         def find() -> Layout:
             model = self._empty(config, sharding.PRECISIONS[config.parallel.precision].storage).model
-            return lay_out(model, config.parallel, devices, -(-devices // config.devices_per_host))
+            hosts = -(-devices // config.devices_per_host)
+            return lay_out(model, config.parallel, config.optim.state, devices, hosts)
 
-        return self._once(("layout", config.parallel, devices, config.devices_per_host), find)
+        return self._once(("layout", config.parallel, config.optim.state, devices, config.devices_per_host), find)
 
     def whole(self, config: PlanConfig) -> Layout:
         """The model on one device."""
@@ -122,4 +124,4 @@ class Sizes:
 
     def memory(self, config: PlanConfig, devices: int) -> Memory:
         """Of a device, at the worst moment of a step."""
-        return memory(config, self.layout(config, devices), self.trace(config), devices)
+        return memory(config, self.layout(config, devices), self.trace(config), devices, CHUNK[self.device])

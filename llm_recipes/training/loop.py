@@ -45,7 +45,7 @@ class Training:
     """All that a step needs."""
 
     models: Models
-    optimizer: torch.optim.Optimizer
+    optimizer: optim.AdamW
     objective: Objective
     batches: Iterator[list[Batch]]
     spans: BatchSpans
@@ -165,7 +165,7 @@ def train(run: Training, stop: int) -> Iterator[Step]:
         rate = run.learning_rate(step) * run.progress.lr_factor
         optim.set_learning_rate(run.optimizer, rate)
         # Fused AdamW obeys it on the device; to parameters on the CPU the copy has to wait, which its own does not.
-        run.optimizer.found_inf = left_out.to(parameters[0].device)  # type: ignore[attr-defined]
+        run.optimizer.found_inf = left_out.to(parameters[0].device)
         if run.saver is not None:
             run.saver.wait_for_copy()
         with run.phases("optimizer"):

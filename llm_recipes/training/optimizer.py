@@ -8,8 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw as adamw_update
 
 from llm_recipes.config import OptimConfig
+from llm_recipes.errors import UserError
+from llm_recipes.training import moments
 
 log = logging.getLogger(__name__)
 
@@ -54,14 +57,146 @@ def parameter_groups(
     ]
 
 
-def adamw(model: nn.Module, config: OptimConfig, undecayed: Iterable[nn.Parameter] = ()) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter, 2019), fused: it skips an update on the device where `found_inf` is set."""
+CHUNK = {"cuda": 1 << 24, "cpu": 1 << 17}
+"""Numbers whose short moments are fp32 at once: few launches on a GPU, what a cache holds on a CPU."""
+TEMPORARY = {"full": 0, "bf16": 16, "8bit": 34}
+"""Bytes that each of them takes meanwhile, by `optim.state`: two moments in fp32, and what rounding them makes on the
+way. Of a weight that is not fp32 a copy that is, besides."""
+
+
+class AdamW(torch.optim.Optimizer):
+    """AdamW (Loshchilov and Hutter, 2019): torch's fused one, on this rank's shards, with moments that may be kept in
+    fewer bits between steps (`moments`).
+
+    Where `found_inf` is 1 a step changes nothing, which is decided on the device.
+
+    Args:
+        groups: as `parameter_groups` makes them.
+        state: `optim.state`.
+
+    Raises:
+        UserError: a parameter whose moments cannot be kept so on this number of processes.
+    """
+
+    found_inf: torch.Tensor | None = None
+
+    def __init__(self, groups: list[dict[str, Any]], config: OptimConfig) -> None:
+        beta1, beta2 = config.betas
+        super().__init__(groups, {"lr": config.lr, "betas": (beta1, beta2), "eps": config.eps})
+        self.kept_in = config.state
+        for group in self.param_groups:
+            for name, parameter in zip(group["names"], group["params"], strict=True):
+                self._refuse_cut_rows(name, parameter)
+
+    def _refuse_cut_rows(self, name: str, parameter: torch.Tensor) -> None:
+        if self.kept_in != "8bit" or not isinstance(parameter, DTensor):
+            return
+        cut = any(each.is_shard(parameter.ndim - 1) for each in parameter.placements)
+        if cut and moments.is_short(tuple(parameter.shape), self.kept_in):
+            raise UserError(
+                f"optim.state=8bit: {name} of shape {tuple(parameter.shape)} is cut along its rows, in which numbers "
+                "share a scale, on this number of processes; use another number of them, or optim.state=bf16"
+            )
+
+    def shapes(self, parameter: torch.Tensor) -> moments.Shapes:
+        """The tensors that keep this rank's part of a parameter's moments, by name."""
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        # By the whole parameter's shape: a rank's part of it may be empty.
+        state = self.kept_in if moments.is_short(tuple(parameter.shape), self.kept_in) else "full"
+        return moments.shapes(tuple(local.shape), parameter.dtype, state)
+
+    def empty_state(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The state before a parameter's first gradient; sharded as the parameter is."""
+        whole = moments.shapes(tuple(parameter.shape), parameter.dtype, self.kept_in)
+        state: dict[str, torch.Tensor] = {}
+        for name, (shape, dtype) in self.shapes(parameter).items():
+            zeros = torch.zeros(shape, dtype=dtype, device=parameter.device)
+            if isinstance(parameter, DTensor):
+                size = torch.Size(whole[name][0])
+                stride = torch.empty(size, device="meta").stride()
+                mesh, placements = parameter.device_mesh, parameter.placements
+                zeros = DTensor.from_local(zeros, mesh, placements, run_check=False, shape=size, stride=stride)
+            state[name] = zeros
+        return state | {"step": torch.zeros((), dtype=torch.float32, device=parameter.device)}
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            whole: list[tuple[torch.Tensor, ...]] = []
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                if not self.state[parameter]:
+                    self.state[parameter] = self.empty_state(parameter)
+                own = {name: _local(each) for name, each in self.state[parameter].items()}
+                tensors = _local(parameter), _local(parameter.grad)
+                if moments.is_short(tuple(parameter.shape), self.kept_in):
+                    self._step_short(group, *tensors, own)
+                else:
+                    whole.append((*tensors, own["exp_avg"], own["exp_avg_sq"], own["step"]))
+            if whole:
+                self._fused(group, *map(list, zip(*whole, strict=True)))
+
+    def _step_short(
+        self, group: dict[str, Any], parameter: torch.Tensor, gradient: torch.Tensor, own: dict[str, torch.Tensor]
+    ) -> None:
+        """Update a parameter of short moments, some rows at a time: fp32 meanwhile, whatever its own dtype."""
+        rows = max(1, CHUNK[parameter.device.type] // max(1, parameter.shape[-1] if parameter.ndim else 1))
+        names = [name for name in own if name != "step"]
+        kept = [_rows(own[name]).split(rows) for name in names]
+        step = own["step"]
+        for weights, gradients, *pieces in zip(
+            _rows(parameter).split(rows), _rows(gradient).split(rows), *kept, strict=True
+        ):
+            stored = dict(zip(names, pieces, strict=True))
+            step = own["step"].clone()
+            first, second = moments.read(stored)
+            fp32 = weights.float()
+            self._fused(group, [fp32], [gradients.float()], [first], [second], [step])
+            moments.write(stored, first, second, step)
+            if fp32 is not weights:
+                weights.copy_(fp32)
+        own["step"].copy_(step)
+
+    def _fused(self, group: dict[str, Any], *lists: list[torch.Tensor]) -> None:
+        """torch's update of parameters, by gradients, first and second moments, and steps."""
+        parameters, gradients, first, second, steps = lists
+        beta1, beta2 = group["betas"]
+        adamw_update(
+            parameters, gradients, first, second, [], steps, fused=True, found_inf=self.found_inf, amsgrad=False,
+            beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
+            maximize=False,
+        )  # fmt: skip
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor as a matrix of its rows."""
+    return tensor.view(-1, tensor.shape[-1]) if tensor.ndim > 1 else tensor.view(1, -1)
+
+
+def adamw(model: nn.Module, config: OptimConfig, undecayed: Iterable[nn.Parameter] = ()) -> AdamW:
+    """The optimizer of what trains in a model.
+
+    Raises:
+        UserError: moments that cannot be kept as asked for.
+    """
     groups = parameter_groups(model, config, undecayed)
     for group in groups:
         log.info("weight decay %g: %d tensors (%s ...)", group["weight_decay"], len(group["names"]), group["names"][0])
-    stripped = [{key: value for key, value in group.items() if key != "names"} for group in groups]
-    beta1, beta2 = config.betas
-    return torch.optim.AdamW(stripped, lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=True)
+    optimizer = AdamW(groups, config)
+    if config.state != "full":
+        every = [each for group in groups for each in group["params"]]
+        short = sum(each.numel() for each in every if moments.is_short(tuple(each.shape), config.state))
+        log.info(
+            "optim.state=%s: the moments of %s parameters, rounded at random; those of %s others are whole",
+            config.state, f"{short:,}", f"{sum(each.numel() for each in every) - short:,}",
+        )  # fmt: skip
+    return optimizer
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from llm_recipes.checkpoints import shards
-from llm_recipes.checkpoints.state import MOMENTS
+from llm_recipes.checkpoints.state import STEP
 from llm_recipes.config import TrainingConfig
 from llm_recipes.errors import UserError
 from llm_recipes.models import flops, loading
@@ -44,9 +44,9 @@ class Trainable:
     def mask_moments(self, optimizer: torch.optim.Optimizer) -> None:
         """Forget what a checkpoint of a run that trained more says of the old rows: they would go on by momentum."""
         for table in self.tables:
-            for name in MOMENTS:
-                if name in optimizer.state.get(table, {}):
-                    self._mask(optimizer.state[table][name])
+            for name, each in optimizer.state.get(table, {}).items():
+                if name != STEP:
+                    self._mask(each)
 
     def _mask(self, tensor: torch.Tensor) -> None:
         """Old rows of this rank's shard. Set, not multiplied: what is not finite in them is gone too."""

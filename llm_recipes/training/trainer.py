@@ -108,7 +108,7 @@ class Trainer:
         self.tracker = Tracker(wandb, self.folder.path, self.folder.settings, self.folder.id)
         launch = self.place.from_first(time.strftime("%Y%m%d-%H%M%S"))
         lock = self.lock if self.place.is_first else None
-        self.saver.reserve(self.lm.model)
+        self.saver.reserve(self.lm.model, training.optimizer)
         try:
             with Guardian(
                 config.run, self.folder.path, launch, self.place, lock, self._seconds_to_save, self._stalled

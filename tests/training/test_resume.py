@@ -16,6 +16,13 @@ from llm_recipes.telemetry import metrics
 Workplace = Callable[[str], Path]
 
 
+@pytest.fixture(scope="module")
+def wide_models(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Also one whose rows are long enough to share scales (`optim.state=8bit`)."""
+    wide = tiny.save_model(tmp_path_factory.mktemp("wide") / "mistral", hidden_size=64, intermediate_size=128)
+    return {**tiny_models, "wide": wide}
+
+
 def run(config: Any) -> str | None:
     """A whole run on this rank; the user's mistake that ended it, or None."""
     from llm_recipes.errors import UserError
@@ -101,18 +108,20 @@ def losses(folder: Path) -> list[float]:
         ("tied", 2, {"validation__every": 5, "parallel__sharding": "shard_grad_op"}),
         ("mixtral", 2, {"train__global_batch_size": 8, "train__micro_batch_size": 2}),
         ("gpt2", 2, {"parallel__precision": "fp16-mixed", "data__mask_documents": False}),
+        ("wide", 2, {"optim__state": "8bit", "parallel__precision": "bf16-mixed"}),
+        ("wide", 1, {"optim__state": "bf16", "parallel__precision": "bf16"}),
     ],
 )
 def test_stopping_and_going_on_is_the_uninterrupted_run_bit_for_bit(
-    ranks: Any, tiny_models: Any, workplace: Workplace, model: str, size: int, changes: dict[str, Any]
+    ranks: Any, wide_models: Any, workplace: Workplace, model: str, size: int, changes: dict[str, Any]
 ) -> None:
     straight, stopped = workplace("straight"), workplace("stopped")
     # Checkpoints at other steps than the interruption: it must save where it stops.
-    assert ranks(size, run, tiny.pretrain_config(straight, tiny_models[model], **changes)) == [None] * size
-    first = tiny.pretrain_config(stopped, tiny_models[model], train__stop_at=5, **changes)
+    assert ranks(size, run, tiny.pretrain_config(straight, wide_models[model], **changes)) == [None] * size
+    first = tiny.pretrain_config(stopped, wide_models[model], train__stop_at=5, **changes)
     assert ranks(size, run, first) == [None] * size
     assert last(stopped, 5).is_dir() and not last(stopped).exists()
-    assert ranks(size, run, tiny.pretrain_config(stopped, tiny_models[model], **changes)) == [None] * size
+    assert ranks(size, run, tiny.pretrain_config(stopped, wide_models[model], **changes)) == [None] * size
     assert losses(stopped) == losses(straight)
     expected, found = tiny.state_of(last(straight)), tiny.state_of(last(stopped))
     assert expected.keys() == found.keys()
@@ -121,6 +130,20 @@ def test_stopping_and_going_on_is_the_uninterrupted_run_bit_for_bit(
     assert different == []
     kept = [json.loads((last(folder) / "state.json").read_text()) for folder in (straight, stopped)]
     assert kept[0] == kept[1]
+
+
+def test_moments_of_another_form_are_refused(ranks: Any, wide_models: Any, workplace: Workplace) -> None:
+    """Codes read as numbers would be wrong in silence."""
+    folder, model = workplace("run"), wide_models["wide"]
+    short = {"optim__state": "8bit", "train__stop_at": 2}
+    assert ranks(1, run, tiny.pretrain_config(folder, model, **short)) == [None]
+    [refused] = ranks(1, run, tiny.pretrain_config(folder, model))
+    assert refused is not None and "optim.state (8bit -> full)" in refused
+    [refused] = ranks(1, run, tiny.pretrain_config(folder, model, run__allow_changes=True))
+    assert refused is not None and "in 8 bits, and optim.state asks for another form" in refused
+    short["optim__state"] = "bf16"
+    [refused] = ranks(1, run, tiny.pretrain_config(folder, model, run__allow_changes=True, **short))
+    assert refused is not None and "in 8 bits, and optim.state asks for another form" in refused
 
 
 def test_a_run_sees_each_sample_once_in_order_on_any_number_of_ranks(

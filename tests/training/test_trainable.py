@@ -318,14 +318,14 @@ def reserved(folder: str) -> set[str]:
     from llm_recipes.checkpoints.saving import Saver
     from llm_recipes.config import CheckpointConfig
     from llm_recipes.models import causal, topology
-    from llm_recipes.training import trainable
+    from llm_recipes.training import optimizer, trainable
 
     parallel = ParallelConfig(precision="fp32")
     place = topology.start(parallel)
     lm = causal.build(ModelConfig(path=folder), parallel, place, folder, True, seed=0)
     trainable.choose(lm, "embeddings", 0)
     saver = Saver(Path(folder), Path(folder), CheckpointConfig(), place)
-    saver.reserve(lm.model)
+    saver.reserve(lm.model, optimizer.adamw(lm.model, OptimConfig(lr=1e-3)))
     return set(saver._buffers)
 
 
