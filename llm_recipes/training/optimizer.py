@@ -72,7 +72,7 @@ class AdamW(torch.optim.Optimizer):
 
     Args:
         groups: as `parameter_groups` makes them.
-        state: `optim.state`.
+        compiled: reading and writing short moments is one kernel each (`torch.compile`), and not some forty.
 
     Raises:
         UserError: a parameter whose moments cannot be kept so on this number of processes.
@@ -80,10 +80,14 @@ class AdamW(torch.optim.Optimizer):
 
     found_inf: torch.Tensor | None = None
 
-    def __init__(self, groups: list[dict[str, Any]], config: OptimConfig) -> None:
+    def __init__(self, groups: list[dict[str, Any]], config: OptimConfig, compiled: bool = False) -> None:
         beta1, beta2 = config.betas
         super().__init__(groups, {"lr": config.lr, "betas": (beta1, beta2), "eps": config.eps})
         self.kept_in = config.state
+        self._read, self._write = moments.read, moments.write
+        if compiled:
+            self._read = torch.compile(moments.read, dynamic=True)
+            self._write = torch.compile(moments.write, dynamic=True)
         for group in self.param_groups:
             for name, parameter in zip(group["names"], group["params"], strict=True):
                 self._refuse_cut_rows(name, parameter)
@@ -151,10 +155,10 @@ class AdamW(torch.optim.Optimizer):
         ):
             stored = dict(zip(names, pieces, strict=True))
             step = own["step"].clone()
-            first, second = moments.read(stored)
+            first, second = self._read(stored)
             fp32 = weights.float()
             self._fused(group, [fp32], [gradients.float()], [first], [second], [step])
-            moments.write(stored, first, second, step)
+            self._write(stored, first, second, step)
             if fp32 is not weights:
                 weights.copy_(fp32)
         own["step"].copy_(step)
@@ -179,8 +183,10 @@ def _rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(-1, tensor.shape[-1]) if tensor.ndim > 1 else tensor.view(1, -1)
 
 
-def adamw(model: nn.Module, config: OptimConfig, undecayed: Iterable[nn.Parameter] = ()) -> AdamW:
-    """The optimizer of what trains in a model.
+def adamw(
+    model: nn.Module, config: OptimConfig, undecayed: Iterable[nn.Parameter] = (), compiled: bool = False
+) -> AdamW:
+    """The optimizer of what trains in a model; `compiled` as `AdamW` has it.
 
     Raises:
         UserError: moments that cannot be kept as asked for.
@@ -188,7 +194,7 @@ def adamw(model: nn.Module, config: OptimConfig, undecayed: Iterable[nn.Paramete
     groups = parameter_groups(model, config, undecayed)
     for group in groups:
         log.info("weight decay %g: %d tensors (%s ...)", group["weight_decay"], len(group["names"]), group["names"][0])
-    optimizer = AdamW(groups, config)
+    optimizer = AdamW(groups, config, compiled)
     if config.state != "full":
         every = [each for group in groups for each in group["params"]]
         short = sum(each.numel() for each in every if moments.is_short(tuple(each.shape), config.state))

@@ -14,6 +14,7 @@ from llm_recipes.config import OptimConfig, ParallelConfig
 from llm_recipes.errors import UserError
 from llm_recipes.training import moments, optimizer
 from llm_recipes.training.optimizer import AdamW
+from llm_recipes.training.trainable import Trainable
 
 KINDS = ["bf16", "8bit"]
 
@@ -129,11 +130,13 @@ def test_a_second_moment_that_decays_slowly_does_not_stand_still(kind: str) -> N
     assert float((kept / exact).max()) < 3
 
 
-def one(kind: str, shape: tuple[int, ...] = (8, 128), dtype: torch.dtype = torch.float32) -> tuple[Any, AdamW]:
+def one(
+    kind: str, shape: tuple[int, ...] = (8, 128), dtype: torch.dtype = torch.float32, compiled: bool = False
+) -> tuple[Any, AdamW]:
     torch.manual_seed(0)
     weights = torch.nn.Parameter((torch.randn(shape) * 0.02).to(dtype))
     group = {"params": [weights], "names": ["weights"], "weight_decay": 0.1}
-    made = AdamW([group], OptimConfig(lr=1e-3, state=kind))
+    made = AdamW([group], OptimConfig(lr=1e-3, state=kind), compiled)
     made.found_inf = torch.tensor(0.0)
     return weights, made
 
@@ -230,6 +233,32 @@ def test_rows_without_a_gradient_stay_as_they_are(kind: str) -> None:
         own.step()
     assert torch.equal(weights[:5], before[:5])
     assert not (weights[5:] == before[5:]).all(1).any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_it_is_the_same_bit_for_bit(kind: str) -> None:
+    (mine, own), (plain, other) = one(kind, (24, 128), compiled=True), one(kind, (24, 128))
+    for step in range(4):
+        mine.grad = plain.grad = gradient(mine, step)
+        own.step()
+        other.step()
+    assert torch.equal(mine, plain)
+    for name, each in own.state[mine].items():
+        assert torch.equal(each, other.state[plain][name]), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_old_rows_of_a_vocabulary_are_forgotten(kind: str) -> None:
+    weights, own = one(kind)
+    for step in range(2):
+        weights.grad = gradient(weights, step)
+        own.step()
+    Trainable((weights,), first_new_row=3).mask_moments(own)
+    kept = {name: each for name, each in own.state[weights].items() if name != "step"}
+    for moment in moments.read(kept):
+        assert not moment[:3].any() and moment[3:].any(1).all()
+    assert float(own.state[weights]["step"]) == 2
 
 
 def test_bytes_of_each_kind_and_what_stays_whole() -> None:
