@@ -57,7 +57,7 @@ def test_a_number_becomes_one_of_its_neighbours(signed: bool, data: Any, step: i
     assert torch.equal(found == 0, values == 0) or signed, "a second moment does not vanish, nor come from nothing"
     assert not found[values == 0].any()
     assert bool((found * values >= 0).all()), "signs are kept"
-    reach = largest_of_block(values) * 2.0 ** (-14 if signed else -31)
+    reach = largest_of_block(values) * 2.0 ** (-14 if signed else -30)
     far = (found - values).abs() > values.abs() / 8
     assert bool((values.abs() <= reach)[far].all()), "within an eighth, or too small beside its block"
     assert bool((found.abs() <= reach * 1.25)[far].all())
