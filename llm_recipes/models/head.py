@@ -5,6 +5,7 @@ in place of its logits. It runs inside FSDP's gather of the head's group, so the
 and its gradient is reduced like any other; the model's own code calls it and knows nothing of it.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -37,6 +38,37 @@ def _logits_gradient(
     rows = torch.arange(len(targets_N), device=logits_NV.device)
     logits_NV[rows, targets_N.clamp(min=0)] -= 1
     return logits_NV.mul_(torch.where(targets_N == IGNORE, 0.0, grad_N)[:, None])
+
+
+def _losses_and_gradient(
+    logits_NV: torch.Tensor, targets_N: torch.Tensor, one: torch.Tensor, fused: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of logits in any dtype, the loss of each token, and the gradient of the logits for an upstream gradient of one.
+
+    Args:
+        fused: one kernel makes both, in the logits' dtype, and nothing of their size is ever written in fp32.
+    """
+    if fused:
+        for each in (logits_NV, targets_N):
+            torch._dynamo.maybe_mark_dynamic(each, 0)  # tokens of a chunk: the last one has fewer
+        return _compiled()(logits_NV, targets_N)
+    logits_NV = logits_NV.float()
+    losses_N, norm_N = _gather_losses(logits_NV, targets_N)
+    return losses_N, _logits_gradient(logits_NV, norm_N, targets_N, one)
+
+
+def _at_once(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`_losses_and_gradient` as a compiler likes it: nothing in place, no indexing into the result."""
+    finer_NV = logits_NV.float()
+    losses_N, norm_N = _gather_losses(finer_NV, targets_N)
+    columns_V = torch.arange(logits_NV.shape[1], device=logits_NV.device)
+    delta_NV = (finer_NV - norm_N[:, None]).exp() - (columns_V == targets_N[:, None]).float()
+    return losses_N, torch.where((targets_N == IGNORE)[:, None], 0.0, delta_NV).to(logits_NV.dtype)
+
+
+@functools.cache
+def _compiled() -> Any:
+    return torch.compile(_at_once)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -84,15 +116,16 @@ class _UniformHeadLoss(torch.autograd.Function):
         bias_V: torch.Tensor | None,
         targets_N: torch.Tensor,
         rows: int,
+        fused: bool,
     ) -> torch.Tensor:
         losses_N = torch.empty(len(targets_N), dtype=torch.float32, device=hidden_NH.device)
         gradients = _Gradients(hidden_NH, weight_VH, bias_V, ctx.needs_input_grad, len(targets_N) <= rows)
         one = losses_N.new_ones(())
         for first in range(0, len(targets_N), rows):
             here = slice(first, first + rows)
-            logits_NV = F.linear(hidden_NH[here], weight_VH, bias_V).float()
-            losses_N[here], norms_N = _gather_losses(logits_NV, targets_N[here])
-            gradients.add(here, _logits_gradient(logits_NV, norms_N, targets_N[here], one))
+            logits_NV = F.linear(hidden_NH[here], weight_VH, bias_V)
+            losses_N[here], delta_NV = _losses_and_gradient(logits_NV, targets_N[here], one, fused)
+            gradients.add(here, delta_NV)
         ctx.save_for_backward(targets_N, *gradients.result())
         return losses_N
 
@@ -104,7 +137,7 @@ class _UniformHeadLoss(torch.autograd.Function):
         highest = torch.where(counted, grad_N, -torch.inf).max()
         # Weights that differ would be wrong in silence: they become NaN, and the update is left out. None is 0.
         weight = torch.where(highest == lowest, highest, torch.nan).masked_fill(~counted.any(), 0.0)
-        return *(None if each is None else each.mul_(weight.to(each.dtype)) for each in gradients), None, None
+        return *(None if each is None else each.mul_(weight.to(each.dtype)) for each in gradients), None, None, None
 
 
 class _Gradients:
@@ -127,9 +160,9 @@ class _Gradients:
         self.grad_bias = torch.zeros_like(bias_V, dtype=torch.float32) if wanted[2] and bias_V is not None else None
 
     def add(self, here: slice, delta_NV: torch.Tensor) -> None:
-        """A chunk's part: `delta_NV` is the gradient of its logits, fp32."""
+        """A chunk's part: `delta_NV` is the gradient of its logits, fp32 or in the weight's dtype."""
         if self.grad_bias is not None:
-            self.grad_bias += delta_NV.sum(0)
+            self.grad_bias += delta_NV.sum(0, dtype=torch.float32)
         delta_NV = delta_NV.to(self.weight_VH.dtype)
         if self.grad_hidden is not None:
             torch.mm(delta_NV, self.weight_VH, out=self.grad_hidden[here])
@@ -182,6 +215,7 @@ def head_losses(
     targets_N: torch.Tensor,
     uniform: bool = False,
     counted_M: torch.Tensor | None = None,
+    fused: bool = False,
 ) -> torch.Tensor:
     """Cross entropy of each token under a linear head.
 
@@ -193,19 +227,21 @@ def head_losses(
             of the backward pass is saved. Weights that differ after all give NaN gradients.
         counted_M: int64, at least one: the tokens that are multiplied by the head, which must be all whose target
             is not IGNORE. None: every token. Known beforehand on the host, so that no GPU is waited for.
+        fused: where `uniform`, let the compiler make losses and gradients of a chunk's logits in one kernel.
 
     Returns:
         fp32 of shape (N,), in nats.
     """
     if counted_M is not None:
         own = hidden_NH.index_select(0, counted_M), weight_VH, bias_V, targets_N.index_select(0, counted_M)
-        losses_M = head_losses(*own, uniform)
+        losses_M = head_losses(*own, uniform, fused=fused)
         return losses_M.new_zeros(len(targets_N)).index_copy(0, counted_M, losses_M)
     rows = chunk_rows(weight_VH.shape[0], weight_VH.device)
     # A gradient for a weight of 1 is large, and fp16 has no room for it.
     at_once = uniform and torch.is_grad_enabled() and weight_VH.dtype != torch.float16
-    function = _UniformHeadLoss if at_once else _HeadLoss
-    return function.apply(hidden_NH, weight_VH, bias_V, targets_N, rows)
+    if at_once:
+        return _UniformHeadLoss.apply(hidden_NH, weight_VH, bias_V, targets_N, rows, fused)
+    return _HeadLoss.apply(hidden_NH, weight_VH, bias_V, targets_N, rows)
 
 
 def logits_losses(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
@@ -217,7 +253,7 @@ def logits_losses(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Ten
 class LossHead:
     """A model's output head that answers with losses while `targets` is set, and with logits otherwise."""
 
-    def __init__(self, head: nn.Linear) -> None:
+    def __init__(self, head: nn.Linear, fused: bool = False) -> None:
         self.targets: torch.Tensor | None = None
         """int64 of the hidden states' shape without its last axis."""
         self.uniform = False
@@ -226,7 +262,7 @@ class LossHead:
         """See `head_losses`; numbers of the hidden states, flattened."""
         self.answer: torch.Tensor | None = None
         """Given back as it is, in place of logits: shows what the model does after its head."""
-        self._head = head
+        self._head, self._fused = head, fused
         self._logits = head.forward
         head.forward = self._forward  # type: ignore[method-assign,assignment]
 
@@ -237,12 +273,17 @@ class LossHead:
             return self._logits(hidden)
         flat = hidden.reshape(-1, hidden.shape[-1])
         targets = self.targets.reshape(-1)
-        losses = head_losses(flat, self._head.weight, self._head.bias, targets, self.uniform, self.counted)
+        weight, bias = self._head.weight, self._head.bias
+        losses = head_losses(flat, weight, bias, targets, self.uniform, self.counted, self._fused)
         # A last axis of its own, where the vocabulary would be; a copy, because FSDP cannot hook a view safely.
         return losses.view(*hidden.shape[:-1], 1).clone()
 
 
-def install(model: Any) -> LossHead | None:
-    """Give a model's output head its second forward, before it is sharded. None where it is not a plain linear."""
+def install(model: Any, fused: bool = False) -> LossHead | None:
+    """Give a model's output head its second forward, before it is sharded. None where it is not a plain linear.
+
+    Args:
+        fused: see `head_losses`.
+    """
     head = model.get_output_embeddings()
-    return LossHead(head) if type(head) is nn.Linear else None
+    return LossHead(head, fused) if type(head) is nn.Linear else None

@@ -277,7 +277,8 @@ def test_the_gradient_made_in_the_forward_pass_is_the_one_of_the_backward_pass(
     found = []
     for function in (head._HeadLoss, head._UniformHeadLoss):
         inputs = [each.clone().requires_grad_() for each in (hidden, weight, *([offset] if bias else []))]
-        losses = function.apply(*inputs, *([] if bias else [None]), targets, rows)
+        fused = [False] if function is head._UniformHeadLoss else []
+        losses = function.apply(*inputs, *([] if bias else [None]), targets, rows, *fused)
         (losses.sum() * 0.37).backward()
         found.append([losses.detach(), *(each.grad for each in inputs)])
     for one, two in zip(*found, strict=True):
@@ -402,3 +403,27 @@ def compared(folder: str) -> tuple[bool, bool]:
     lm.loss_head._logits = lambda hidden: 1.5 * own(hidden)
     proofs.head_equals_logits(lm, batch)
     return same, lm.use_loss_head
+
+
+@pytest.mark.slow
+def test_fused_it_is_the_same_and_no_number_of_tokens_is_compiled_for_itself() -> None:
+    """By inductor, on a CPU. In bf16 the gradient of the logits is rounded as before: after everything else."""
+    torch._dynamo.reset()
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 2e-3)):
+        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        for tokens in (64, 37, 50, 21, 5, 100):
+            torch.manual_seed(tokens)
+            targets = torch.randint(300, (tokens,))
+            targets[::3] = IGNORE
+            made = torch.randn(tokens, 24), torch.randn(300, 24), torch.randn(300)
+            found = []
+            for fused in (False, True):
+                leaves = [each.to(dtype).requires_grad_() for each in made]
+                with chunks_of(16 * 300):
+                    losses = head.head_losses(*leaves, targets, uniform=True, fused=fused)
+                (losses.sum() / tokens).backward()
+                found.append([losses.detach(), *(each.grad for each in leaves)])
+            for plain, other in zip(*found, strict=True):
+                assert float((plain - other).float().norm()) <= tolerance * float(plain.float().norm())
+            assert not found[1][0][::3].any() and not found[1][1][::3].any()
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before <= 2
