@@ -409,7 +409,7 @@ def compared(folder: str) -> tuple[bool, bool]:
 def test_fused_it_is_the_same_and_no_number_of_tokens_is_compiled_for_itself() -> None:
     """By inductor, on a CPU. In bf16 the gradient of the logits is rounded as before: after everything else."""
     torch._dynamo.reset()
-    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 2e-3)):
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 2.0**-8)):
         before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         for tokens in (64, 37, 50, 21, 5, 100):
             torch.manual_seed(tokens)
