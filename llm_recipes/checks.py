@@ -172,6 +172,11 @@ def check_training(config: TrainingConfig) -> None:
         config.parallel.replicas is None or config.parallel.sharding == "hybrid_shard",
         f"parallel.replicas={config.parallel.replicas} needs parallel.sharding=hybrid_shard",
     )
+    need(
+        config.parallel.fp8 == "none" or config.parallel.precision in ("bf16-mixed", "bf16"),
+        f"parallel.fp8={config.parallel.fp8} needs parallel.precision=bf16-mixed or bf16, not "
+        f"{config.parallel.precision}",
+    )
     traced, ranks = config.profile.steps, config.profile.ranks
     need(
         not traced or (len(traced) == 2 and 1 <= traced[0] <= traced[1]),
@@ -202,6 +207,11 @@ def check_adapter(config: TrainingConfig) -> None:
     if adapter.kind == "none":
         need(adapter.base == "full", f"adapter.base={adapter.base} needs adapter=lora: weights in 4 bits do not train")
         return
+    need(
+        config.parallel.fp8 == "none",
+        f"parallel.fp8={config.parallel.fp8}: weights beside an adapter stand still and are not converted; set "
+        "parallel.fp8=none",
+    )
     need(
         config.model.init == "pretrained",
         f"adapter.kind={adapter.kind}: beside a model with model.init={config.model.init} it would learn from noise",

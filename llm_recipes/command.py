@@ -4,6 +4,7 @@ Importing this module, and `--help`, import no torch.
 """
 
 import dataclasses
+import logging
 import os
 import re
 import shlex
@@ -260,6 +261,8 @@ def typed(composed: DictConfig, afterwards: dict[str, str]) -> Any:
 def run_verb(verb: str, function: Callable[[Any], Any]) -> None:
     """Compose `conf/<verb>.yaml` with the command line, check it, and call the verb with typed configuration."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors to us, in place of printing them itself.
+    for name in ("torchao", "torch.utils._pytree"):  # transformers imports torchao, which speaks of kernels it lacks
+        logging.getLogger(name).setLevel(logging.ERROR)
     ConfigStore.instance().store(name=f"{verb}_schema", node=SCHEMAS[verb])
     OmegaConf.register_new_resolver("first", lambda items: items[0] if items else None, replace=True)
     afterwards: dict[str, str] = {}

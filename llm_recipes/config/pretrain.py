@@ -131,6 +131,8 @@ class ParallelConfig:
     replicas: int | None = None
     """With `hybrid_shard`: how many copies of the model. None: one per host."""
     precision: str = choice("bf16-mixed", "fp32", "bf16", "fp16-mixed")
+    fp8: str = choice("none", "rowwise", "tensorwise")
+    """The linear layers inside the model's layers multiply in 8 bits, with a scale a row or a tensor."""
     reduce: str = choice("every", "last")
     """Reduce gradients after every micro-batch (less memory) or once a step (less communication). With `no_shard`,
     where no memory would be saved, it is always once a step."""

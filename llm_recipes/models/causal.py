@@ -19,7 +19,7 @@ from llm_recipes.data.stream import Batch
 from llm_recipes.errors import UserError
 from llm_recipes.folders import is_checkpoint
 from llm_recipes.models import adapter as adapters
-from llm_recipes.models import head, initial, loading, quantized, sharding
+from llm_recipes.models import fp8, head, initial, loading, quantized, sharding
 from llm_recipes.models import layers as layer_options
 from llm_recipes.models.flops import Cost, cost
 from llm_recipes.models.masking import Masking, accepted_arguments, sliding_window
@@ -61,7 +61,7 @@ class CausalLM:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """No dropout and no gradients inside; afterwards every parameter is a shard again.
+        """No dropout, no gradients and no products in 8 bits inside; afterwards every parameter is a shard again.
 
         FSDP leaves the root's parameters whole after a forward pass, for the backward pass that does not come here:
         `parameters()` would give those, which have no gradient and no optimizer state.
@@ -69,7 +69,7 @@ class CausalLM:
         was_training = self.model.training
         self.model.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), fp8.aside(self.model):
                 yield
         finally:
             self.model.train(was_training)
@@ -204,6 +204,8 @@ def build(
     price = cost(model, adapters.expert_parameters(model))
     if beside is not None and beside.base == "4bit":
         quantized.replace(model, precision)
+    if parallel.fp8 != "none":
+        fp8.convert(model, parallel, precision, topology.device)
     loss_head = head.install(model)
     layers = sharding.layers(model)
     layer_options.prepare(layers, config.activation_checkpointing, config.compile)
@@ -227,6 +229,7 @@ def build(
     if beside is not None:
         adapters.fill(model, seed, where)
         adapters.freeze(model)
+    fp8.gather_in_8_bits(model, parallel, precision, topology.shard_ranks)
     log.info(
         "model %s: %s parameters (%s active), %d layers, attention %s (%s), %s%s",
         model.config.model_type,

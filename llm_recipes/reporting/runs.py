@@ -25,7 +25,7 @@ from llm_recipes.telemetry.progress import show_whole
 KEY_SETTINGS = (
     "optim.lr", "optim.min_lr", "optim.min_lr_ratio", "optim.weight_decay", "schedule.name", "schedule.warmup_steps",
     "train.steps", "train.stop_at", "train.global_batch_size", "train.trainable", "data.seq_len", "data.seed",
-    "parallel.precision",
+    "parallel.precision", "parallel.fp8",
 )  # fmt: skip
 """What a run is told by, besides what its search has varied."""
 

@@ -19,7 +19,7 @@ from llm_recipes.data.stream import Batch, GlobalBatches, Samples
 from llm_recipes.errors import UserError
 from llm_recipes.evaluation.answers import Asked
 from llm_recipes.folders import is_checkpoint, refuse_adapter, weight_files
-from llm_recipes.models import causal, initial, loading, topology
+from llm_recipes.models import causal, fp8, initial, loading, topology
 from llm_recipes.models.adapter import refuse_what_is_missing, warn_of_sums
 from llm_recipes.models.causal import CausalLM
 from llm_recipes.telemetry import progress as terminal
@@ -84,6 +84,7 @@ def _train(config: TrainingConfig, me: topology.Launch) -> str | None:
     loading.open_config(config.model, base)
     refuse_adapter(base, "model.path")
     refuse_what_is_missing(config.adapter)
+    fp8.refuse_what_is_missing(config.parallel)
     if config.model.init == "pretrained":
         weight_files(base)
     suites = evaluating.open_suites(config.evaluation)
