@@ -69,9 +69,15 @@ def refuse_device(parallel: ParallelConfig, device: torch.device) -> None:
         )
 
 
-def convertible(model: Any, precision: sharding.Precision) -> tuple[dict[str, nn.Linear], dict[str, list[str]]]:
+def choose(
+    model: Any, parallel: ParallelConfig, precision: sharding.Precision
+) -> tuple[dict[str, nn.Linear], dict[str, list[str]]]:
     """Linear layers inside a model's layers, by name: those that can multiply in 8 bits; and by the reason, the names
-    of those that are left as they are."""
+    of those that are left as they are.
+
+    Raises:
+        UserError: there are none to convert.
+    """
     in_fp32 = {id(module) for module in sharding.declared_fp32(model, precision)}
     names = {id(module): name for name, module in model.named_modules()}
     chosen: dict[str, nn.Linear] = {}
@@ -97,20 +103,24 @@ def convertible(model: Any, precision: sharding.Precision) -> tuple[dict[str, nn
                 left.setdefault(shape, []).append(name)
             else:
                 chosen[name] = module
+    if not chosen:
+        why = "; ".join(f"{reason}: {', '.join(some[:3])}" for reason, some in left.items())
+        raise UserError(
+            f"parallel.fp8={parallel.fp8}: {model.config.model_type} has no linear layer to convert inside its layers"
+            f"{f' ({why})' if why else ''}; set parallel.fp8=none"
+        )
     return chosen, left
 
 
 def _routers(layer: nn.Module) -> Iterator[nn.Linear]:
     """Linear layers that have an output for each of the experts that they stand beside."""
     for parent in layer.modules():
-        counts, inside = set(), set()
+        counts = set()
         for child in parent.children():
             if isinstance(child, nn.ModuleList):
                 counts.add(len(child))
             elif not isinstance(child, _ConvNd):
                 counts |= {each.shape[0] for each in child.parameters(recurse=False) if each.ndim == 3}
-            if counts:
-                inside |= {id(module) for module in child.modules()}
         counts |= {each.shape[0] for each in parent.parameters(recurse=False) if each.ndim == 3}
         if counts and not isinstance(parent, _ConvNd | nn.ModuleList):
             yield from (
@@ -126,13 +136,7 @@ def convert(model: Any, parallel: ParallelConfig, precision: sharding.Precision,
     """
     refuse_what_is_missing(parallel)
     refuse_device(parallel, device)
-    chosen, left = convertible(model, precision)
-    if not chosen:
-        why = "; ".join(f"{reason}: {', '.join(names[:3])}" for reason, names in left.items())
-        raise UserError(
-            f"parallel.fp8={parallel.fp8}: {model.config.model_type} has no linear layer to convert inside its layers"
-            f"{f' ({why})' if why else ''}; set parallel.fp8=none"
-        )
+    chosen, left = choose(model, parallel, precision)
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     emulated = device.type == "cpu"
@@ -274,12 +278,11 @@ def gather_in_8_bits(model: Any, parallel: ParallelConfig, precision: sharding.P
     if parallel.cpu_offload:
         log.info("8 bits: with parallel.cpu_offload weights are gathered in %s", precision.compute_name)
         return
-    # FSDP pads the shards of other weights in new memory, where the hooks would not be.
-    weights = {
-        linear: _Gathered(linear, precision.compute) for linear in linears if gathers_in_8_bits(linear.weight, ranks)
-    }
+    evenly = [linear for linear in linears if gathers_in_8_bits(linear.weight, parallel, ranks)]
+    weights = {linear: _Gathered(linear, precision.compute) for linear in evenly}
     if weights:
-        # At each pass, and not after each update: whatever moved the weights, no scale is an old one's.
+        # At each pass, and not after each update: whatever moved the weights, no scale is an old one's. Before FSDP's
+        # own hook, which has its streams wait for what is queued by then.
         model.register_forward_pre_hook(lambda *_: set_scales(list(weights.values())), prepend=True)
     for layer in sharding.layers(model):
         inside = {module: weights[module] for module in layer.modules() if module in weights}
@@ -301,6 +304,9 @@ def _drop_plain(weights: dict[Any, _Gathered], layer: nn.Module, *_: Any) -> Non
         linear.plain = None
 
 
-def gathers_in_8_bits(weight: torch.Tensor, ranks: int) -> bool:
-    """Whether a converted weight's rows come to lie evenly on so many ranks."""
-    return weight.shape[0] % ranks == 0
+def gathers_in_8_bits(weight: torch.Tensor, parallel: ParallelConfig, ranks: int) -> bool:
+    """Whether a converted weight that is sharded over so many ranks is gathered in 8 bits: its rows lie evenly, since
+    FSDP pads the shards of others in new memory, where the hooks would not be; nor are those that it fetches from the
+    host the tensors with the hooks."""
+    there = parallel.fp8 == "tensorwise" and not parallel.cpu_offload and ranks > 1
+    return there and weight.shape[0] % ranks == 0

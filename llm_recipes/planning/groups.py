@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from llm_recipes.config import ParallelConfig
-from llm_recipes.models import sharding
+from llm_recipes.models import fp8, sharding
 from llm_recipes.models.topology import Topology, mesh_shape
 from llm_recipes.training import moments
 
@@ -27,7 +27,7 @@ class Group:
     Attributes:
         name: the module's; empty for the root.
         local: numbers that the first device keeps (it never has fewer than another).
-        gathered: bytes when whole, in the dtype that computes, padded to equal shards.
+        gathered: bytes when whole, in the dtype that computes or in 8 bits, padded to equal shards.
         trained: numbers, whole and padded, whose gradients are reduced.
         trained_local: of them the first device's.
         moments: bytes of the optimizer's state that the first device keeps.
@@ -100,18 +100,25 @@ def lay_out(model: Any, config: ParallelConfig, state: str, devices: int, hosts:
     """
     precision = sharding.PRECISIONS[config.precision]
     in_fp32 = {id(each) for each in sharding.declared_fp32(model, precision)}
+    converted = set() if config.fp8 == "none" else set(fp8.choose(model, config, precision)[0])
     with imagined(config, devices, hosts) as place:
         sharding.shard(model, place, precision)
+        in_8_bits = {
+            id(weight)
+            for weight in (model.get_submodule(name).weight for name in converted)
+            if fp8.gathers_in_8_bits(weight, config, place.shard_ranks)
+        }
         groups = {}
         for name, module in model.named_modules():
             if isinstance(module, FSDPModule):
                 own = list(_own_parameters(module))
                 whole = [_padded(each, place.shard_ranks) for each in own]
                 size = 4 if id(module) in in_fp32 else precision.compute.itemsize
+                sizes = [1 if id(each) in in_8_bits else size for each in own]
                 groups[name] = Group(
                     name=name,
                     local=sum(each.to_local().numel() for each in own),
-                    gathered=size * sum(whole),
+                    gathered=sum(n * each for n, each in zip(whole, sizes, strict=True)),
                     trained=sum(n for n, each in zip(whole, own, strict=True) if each.requires_grad),
                     trained_local=sum(each.to_local().numel() for each in own if each.requires_grad),
                     moments=sum(_moments(each, state) for each in own if each.requires_grad),
