@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 PEAK_FLOPS = {
-    # Dense bf16, per device, from the vendors' data sheets.
+    # Dense bf16, per device, from the vendors' data sheets; products in 8 bits (`parallel.fp8`) are held against it.
     "H200 NVL": 835e12,
     "H200": 989e12,
     "H100 NVL": 835e12,
