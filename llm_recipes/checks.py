@@ -44,7 +44,7 @@ def check_values(config: Any) -> None:
     """Refuse a value that is not among its field's choices, naming the nearest, and a number that cannot be meant."""
     for key, value, choices in values_in(config):
         if choices and value not in choices:
-            known = [each for each in choices if each is not None]
+            known = [str(each).lower() if isinstance(each, bool) else each for each in choices if each is not None]
             raise UserError(f"{key}={value}: no such choice, {did_you_mean(str(value), known)}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{key}={value}: must be a finite number")
@@ -183,6 +183,7 @@ def check_training(config: TrainingConfig) -> None:
         f"profile.steps={traced}: the first and the last step of a trace, from 1, as [10,12]",
     )
     need(all(rank >= 0 for rank in ranks), f"profile.ranks={ranks}: must not be negative")
+    check_memory_budget(config)
     no_path = "/" not in config.run.name and config.run.name not in (".", "..")
     for name, source in data.sources.items():
         need(
@@ -193,6 +194,15 @@ def check_training(config: TrainingConfig) -> None:
     need(all(weighted) or not any(weighted), "data.sources: give every source a weight, or none")
     need(no_path, f"run.name={config.run.name}: a name, not a path (use run.dir)")
     check_adapter(config)
+
+
+def check_memory_budget(config: TrainingConfig) -> None:
+    """Refuse a budget of activations that nothing would keep to."""
+    model, budget = config.model, config.model.activation_memory_budget
+    said = f"model.activation_memory_budget={budget}"
+    need(budget is None or 0 <= budget <= 1, f"{said}: from 0 (as activation_checkpointing=full) to 1 (as none)")
+    selective = model.activation_checkpointing == "selective" and model.compile is not False
+    need(budget is None or selective, f"{said} needs activation_checkpointing=selective and compiled layers")
 
 
 def check_adapter(config: TrainingConfig) -> None:

@@ -6,6 +6,6 @@ from typing import Any
 REQUIRED: Any = "???"
 
 
-def choice(default: str | None, *others: str) -> Any:
-    """A string field that takes only these values."""
+def choice(default: str | None, *others: str | bool) -> Any:
+    """A field that takes only these values."""
     return field(default=default, metadata={"choices": (default, *others)})

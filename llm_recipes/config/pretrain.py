@@ -17,8 +17,11 @@ class ModelConfig:
     attention: str = "auto"
     """An attention implementation of transformers (`sdpa`, `eager`, `flash_attention_2` ...)."""
     activation_checkpointing: str = choice("none", "full", "selective")
-    compile: bool = False
-    """Compile each layer on its own."""
+    activation_memory_budget: float | None = None
+    """With `selective`, of compiled layers: share of the activations' bytes that is kept for the backward pass, from 0
+    (as `full`) to 1 (as `none`); the compiler keeps what is costliest to compute again. None: matrix products."""
+    compile: str | bool = choice("auto", True, False)
+    """Compile each layer on its own. `auto`: on CUDA."""
     shape: dict[str, Any] = field(default_factory=dict)
     """The model's own config.json, for `llm_recipes.plan` before there is a folder."""
     trust_remote_code: bool = False

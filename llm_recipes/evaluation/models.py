@@ -131,7 +131,7 @@ def open_model(subject: Subject, config: EvaluateConfig, place: Topology) -> tup
     Raises:
         UserError: it does not open.
     """
-    settings = ModelConfig(path=str(subject.folder), trust_remote_code=config.trust_remote_code)
+    settings = ModelConfig(path=str(subject.folder), trust_remote_code=config.trust_remote_code, compile=False)
     parallel = ParallelConfig(
         sharding=config.sharding, precision=precision_of(subject, config.dtype, config.trust_remote_code)
     )

@@ -208,7 +208,16 @@ def build(
         fp8.convert(model, parallel, precision, topology.device)
     loss_head = head.install(model)
     layers = sharding.layers(model)
-    layer_options.prepare(layers, config.activation_checkpointing, config.compile)
+    budget = config.activation_memory_budget
+    compiled, why = layer_options.whether_to_compile(
+        config.compile, topology.device, "none" if beside is None else beside.kind
+    )
+    if budget is not None and not compiled:
+        raise UserError(
+            f"model.activation_memory_budget={budget}: it is the compiler that keeps to it, and layers are not "
+            f"compiled here ({why}); set model.compile=true, or leave the budget out"
+        )
+    layer_options.prepare(layers, config.activation_checkpointing, compiled, budget)
     random = weights and config.init == "random"
     fill = initial.random_weights(model, seed, partial(empty, "cpu")) if random else None
     sharding.shard(model, topology, precision, parallel.cpu_offload, fill)
@@ -240,6 +249,13 @@ def build(
         "asked for" if config.attention != "auto" else "installed here" if attention else "transformers' own choice",
         precision.name,
         "" if beside is None else f"; what stands still is kept in {str(storage).removeprefix('torch.')}",
+    )
+    log.info(
+        "layers: %s (%s), activation checkpointing %s%s",
+        "each compiled as it first trains" if compiled else "not compiled",
+        why,
+        config.activation_checkpointing,
+        "" if budget is None else f" within {budget:g} of the activations' bytes",
     )
     way = Masking(
         "positions" if mask_documents else "none", accepted_arguments(model), precision.compute, sliding_window(model)

@@ -105,6 +105,12 @@ def rows(config: PlanConfig) -> tuple[list[Row], str]:
             raise UserError(
                 f"adapter.kind={kind}: a plan knows no adapters; a run with one takes less than one without"
             )
+        budget = each.config.model.activation_memory_budget
+        if budget is not None:
+            raise UserError(
+                f"model.activation_memory_budget={budget}: a plan cannot know what the compiler keeps; leave it out, "
+                "and plan with model.activation_checkpointing=none and =full, between which it lies"
+            )
         spans = BatchSpans(each.config.train.global_batch_size, each.config.train.batch_warmup)
         refuse_remainder(spans, each.devices, each.config.train.micro_batch_size)
         model, parallel = each.config.model, each.config.parallel

@@ -30,7 +30,8 @@ MAY_CHANGE = (
     "data.workers", "data.verify", "data.validation", "data.accept_tokenizer", "data.preview", "data.preview_rows",
     "data.prepared",
     "parallel.sharding", "parallel.replicas", "parallel.reduce", "parallel.cpu_offload", "parallel.timeout_seconds",
-    "model.activation_checkpointing", "model.compile", "model.attention", "model.shape",
+    "model.activation_checkpointing", "model.activation_memory_budget", "model.compile", "model.attention",
+    "model.shape",
 )  # fmt: skip
 """Keys that do not decide what a run learns, or only how fast."""
 

@@ -19,6 +19,7 @@ from llm_recipes.data.mixture import Mixture
 from llm_recipes.data.stream import Batch
 from llm_recipes.errors import UserError
 from llm_recipes.evaluation.answers import Asked
+from llm_recipes.models import layers
 from llm_recipes.models.causal import CausalLM
 from llm_recipes.models.topology import Topology, process_age
 from llm_recipes.telemetry import progress as terminal
@@ -155,6 +156,8 @@ class Trainer:
                 bar.step(step.number)
                 if step.number == start + 1:
                     self.events.write("first_step", step.number, seconds=self._age())
+                    if said := layers.compilations():
+                        log.info("layers: %s", said)
                 asked, last = step.asked_to_stop.read() > 0, step.number == self.stop
                 logs = step.number % config.logging.every == 0 or last or asked
                 evaluates = self._is_evaluated(step.number)

@@ -349,6 +349,7 @@ def calls(folder: str, settings: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     found = []
     for setting in settings:
+        torch._dynamo.reset()
         counters.clear()
         lm = open_model(folder, setting, {})
         counted = {"mlp": 0}
@@ -379,13 +380,17 @@ def test_recomputed_activations_give_the_same_gradients_under_the_same_names(
 
 
 @pytest.mark.slow
-def test_compiled_layers_give_the_same_gradients_under_the_same_names(ranks: Any, folders: Any) -> None:
-    one_layer = {"overrides": {"num_hidden_layers": 1}}  # Compiling one takes half a minute.
-    settings: list[dict[str, Any]] = [one_layer, {**one_layer, "compile": True}]
-    for plainly, compiled in ranks(1, calls, str(folders["mistral"]), settings):
-        assert plainly["graphs"] == 0 < compiled["graphs"]
-        assert compiled["names"] == plainly["names"]
-        assert_same_step(compiled, plainly)
+@pytest.mark.parametrize("family", ["mistral", "mixtral"])
+def test_compiled_layers_give_the_same_gradients_under_the_same_names(ranks: Any, tmp_path: Path, family: str) -> None:
+    """With the compiler's own code, on two ranks, whatever is recomputed."""
+    folder = tiny.save_model(tmp_path, family, num_hidden_layers=1)  # Compiling one takes half a minute.
+    kinds = [{"compile": True, "activation_checkpointing": kind} for kind in ("none", "full", "selective")]
+    for plainly, *others in ranks(2, calls, str(folder), [{}, *kinds]):
+        assert plainly["graphs"] == 0
+        for compiled in others:
+            assert compiled["graphs"] > 0
+            assert compiled["names"] == plainly["names"]
+            assert_same_step(compiled, plainly)
 
 
 def test_a_gpu_without_bf16_is_told_what_to_ask_for() -> None:
