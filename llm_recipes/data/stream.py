@@ -24,7 +24,8 @@ SECONDS_AFTER_SIGTERM = 60
 
 Batch = dict[str, torch.Tensor]
 """`input_ids`, `position_ids`, `targets`, `document_ids`: int64 (sequences, seq_len);
-`source`, `position`: int64 (sequences,). Where `with_counted` found it worth it, `counted`: int64 (some,)."""
+`source`, `position`: int64 (sequences,). Where `with_counted` found it worth it, `counted`: int64 (some,). Where
+attention takes it (`with_boundaries`), `boundaries`: int32 (documents + 1,)."""
 
 SPARSE = 7 / 8
 """Share of the positions that have a target above which none of them is worth leaving out of the head."""
@@ -46,6 +47,28 @@ def with_counted(batch: Batch) -> Batch:
     if not len(counted):
         counted = counted.new_zeros(1)  # No row at all would give no gradient, where the other ranks wait for one.
     return {**batch, "counted": counted.pin_memory() if targets.is_pinned() else counted}
+
+
+def boundaries(document_ids: torch.Tensor) -> torch.Tensor:
+    """Where documents begin in the windows laid end to end, and where the last one ends.
+
+    Args:
+        document_ids: int64 (sequences, seq_len).
+
+    Returns:
+        int32 (documents + 1,), on the same device; found on a GPU, it is waited for.
+    """
+    begins = torch.ones_like(document_ids, dtype=torch.bool)
+    begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    starts = begins.reshape(-1).nonzero()[:, 0]
+    return torch.cat([starts, starts.new_full((1,), document_ids.numel())]).to(torch.int32)
+
+
+def with_boundaries(batch: Batch) -> Batch:
+    """A batch still on the host, with the boundaries of its documents: a GPU could not be asked for them without
+    waiting for it."""
+    found = boundaries(batch["document_ids"])
+    return {**batch, "boundaries": found.pin_memory() if batch["document_ids"].is_pinned() else found}
 
 
 class Samples(Dataset[Batch]):

@@ -44,7 +44,8 @@ def score(
                 held_out[number] if number < len(held_out) else held_out.empty()
                 for number in range(start, start + micro_batch_size)
             ]
-            batch = {key: value.to(topology.device) for key, value in with_counted(stack(windows)).items()}
+            prepared = lm.masking.prepare(with_counted(stack(windows)))
+            batch = {key: value.to(topology.device) for key, value in prepared.items()}
             losses, _ = lm.token_losses(batch)
             total[0] += losses.double().sum()
             total[1] += (batch["targets"] >= 0).sum()

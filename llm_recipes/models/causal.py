@@ -258,6 +258,10 @@ def build(
         "" if budget is None else f" within {budget:g} of the activations' bytes",
     )
     way = Masking(
-        "positions" if mask_documents else "none", accepted_arguments(model), precision.compute, sliding_window(model)
+        "positions" if mask_documents else "none",
+        accepted_arguments(model),
+        precision.compute,
+        sliding_window(model),
+        model.config,
     )
     return CausalLM(model, topology, precision, price, way, loss_head)

@@ -104,8 +104,9 @@ def _collecting() -> Iterator[None]:
     gets an empty one: by the length of a common one the compiler would tell layers apart.
     """
     collector = getattr(output_capturing, "_active_collector", None)
-    collected = None if collector is None else collector.get()
-    if not collected or "hidden_states" in collected:  # of those the first layer's is another than the others'
+    collected = collector and collector.get()
+    # Of hidden states the first layer gives another than the others, and must see the common collector.
+    if collector is None or not collected or "hidden_states" in collected:
         yield
         return
     own: dict[str, list[Any]] = {key: [] for key in collected}
@@ -122,8 +123,8 @@ def _settle_compiler(layers: int, memory_budget: float | None) -> None:
     """The compiler's options that there is no argument for.
 
     All layers share one code, and with it one count of compilations, after which torch (2.13: 8 of them) runs the rest
-    uncompiled. Most families' layers are alike to the compiler; where they are not, as where one reads its own number,
-    each may be compiled for itself, twice.
+    uncompiled. Most families' layers are alike to the compiler; where one reads its own number, as with transformers'
+    flash attention (5.23), each is compiled for itself, and may be twice.
     """
     import torch._dynamo.config as dynamo
     import torch._functorch.config as functorch

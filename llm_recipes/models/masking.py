@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.masking_utils import create_masks_for_generate
 
 from llm_recipes.data.documents import window
-from llm_recipes.data.stream import Batch, stack
+from llm_recipes.data.stream import Batch, boundaries, stack, with_boundaries
 
 WAYS = {
+    "own": "the model's own masks, made of document numbers",
     "positions": "positions that restart",
     "flat": "positions that restart, all windows in one row",
     "block": "an explicit mask per document",
@@ -31,12 +33,19 @@ class Masking:
         accepts: names of the arguments that the model's forward takes.
         dtype: of an explicit mask; the compute dtype.
         sliding_window: tokens that a sliding layer looks back to, itself included, or None.
+        config: the model's.
     """
 
     way: str
     accepts: frozenset[str]
     dtype: torch.dtype
     sliding_window: int | None = None
+    config: Any = None
+
+    def prepare(self, batch: Batch) -> Batch:
+        """A batch still on the host, with what this way takes from it and a GPU could not be asked for without
+        waiting for it."""
+        return with_boundaries(batch) if self.way == "flat" else batch
 
     def arguments(self, batch: Batch) -> dict[str, Any]:
         """The model's keyword arguments for a batch."""
@@ -50,6 +59,10 @@ class Masking:
         if "use_cache" in self.accepts:
             arguments["use_cache"] = False
         documents = batch["document_ids"]
+        if self.way == "flat" and "cu_seq_lens_q" in self.accepts:
+            arguments |= varying_lengths(batch)
+        if self.way == "own":
+            arguments["attention_mask"] = own_masks(self.config, documents, self.dtype)
         if self.way == "block":
             arguments["attention_mask"] = block_mask(documents, self.dtype, self.sliding_window)
         if self.way == "layers":
@@ -58,6 +71,33 @@ class Masking:
                 SLIDING: block_mask(documents, self.dtype, self.sliding_window),
             }
         return arguments
+
+
+def own_masks(config: Any, document_ids: torch.Tensor, dtype: torch.dtype) -> Any:
+    """What transformers would make of positions that restart, made of document numbers: for each kind of layer what its
+    attention takes. To find documents in positions it asks the GPU whether there are several, and waits, in each
+    forward pass; and where there is one in each window it gives none, for which layers would be compiled once more.
+
+    Args:
+        document_ids: int64 (B, T).
+    """
+
+    def same_document(row: Any, head: Any, query: Any, key: Any) -> Any:
+        return document_ids[row, query] == document_ids[row, key]
+
+    like = torch.empty((*document_ids.shape, 0), dtype=dtype, device=document_ids.device)  # for its shape and dtype
+    return create_masks_for_generate(config, like, None, None, and_mask_function=same_document)
+
+
+def varying_lengths(batch: Batch) -> dict[str, Any]:
+    """Flash attention's arguments for documents one after another, which transformers would else find in each layer by
+    waiting for the GPU. The longest length is the window's, whatever documents are in it: a number that changes would
+    be compiled anew each time. How many documents there are is told to the compiler as something that varies.
+    (Never run with flash attention on a GPU yet.)"""
+    ends = batch["boundaries"] if "boundaries" in batch else boundaries(batch["document_ids"])
+    torch._dynamo.maybe_mark_dynamic(ends, 0)
+    length = batch["document_ids"].shape[1]
+    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": length, "max_length_k": length}
 
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -93,23 +133,28 @@ def sliding_window(model: Any) -> int | None:
 
 
 def accepted_arguments(model: Any) -> frozenset[str]:
-    """Names of the arguments of a model's forward; `use_cache` too where it takes anything."""
+    """Names of the arguments of a model's forward; those of its layers' attention too where it takes anything."""
     parameters = inspect.signature(model.forward).parameters
     names = set(parameters)
     if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values()):
-        names.add("use_cache")
+        names |= {"use_cache", "cu_seq_lens_q"}
     return frozenset(names)
 
 
 def ways_to_try(model: Any, accepts: frozenset[str]) -> list[str]:
-    """The ways that could work with this model's attention, cheapest first."""
+    """The ways that could work with this model's attention, best first."""
     attention = str(getattr(model.config, "_attn_implementation", ""))
+    text = model.config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ())
     ways = []
+    # Chunks of attention begin anew in each document, which only positions tell; what a window holds are distances.
+    by_distance = kinds <= {FULL, SLIDING} and not getattr(text, "attention_chunk_size", None)
+    if "attention_mask" in accepts and "flash" not in attention and by_distance:
+        ways.append("own")
     if "position_ids" in accepts:
         # Flash attention takes packed documents from positions in a single row only.
         ways.append("flat" if "flash" in attention else "positions")
     if "flash" not in attention:
-        kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
         ways.append("layers" if SLIDING in kinds and kinds <= {FULL, SLIDING} else "block")
     return ways
 

@@ -120,7 +120,8 @@ def train(run: Training, stop: int) -> Iterator[Step]:
         run.watch.beat(f"reading the data of step {step + 1}")
         started = time.perf_counter()
         with run.phases("data"):
-            micro_batches = [to_device(with_counted(batch), topology.device) for batch in next(run.batches)]
+            prepared = [policy.masking.prepare(with_counted(batch)) for batch in next(run.batches)]
+            micro_batches = [to_device(batch, topology.device) for batch in prepared]
         for_data = time.perf_counter() - started
         run.watch.beat(f"step {step + 1}")
         seed_step(run.seed, step, topology.data_rank)

@@ -154,11 +154,65 @@ def compiled_over(folder: str, ways: list[str]) -> dict[str, list[Any]]:
 def test_a_layer_is_one_graph_whatever_documents_are_packed(ranks: Any, tmp_path: Path, family: str) -> None:
     """And one for all layers. transformers gives no mask to windows of one document each: a second graph, once."""
     folder = tiny.save_model(tmp_path, family, num_hidden_layers=MANY)
-    ways = ["positions", "block", "flat", "none"]
+    ways = ["own", "positions", "block", "flat", "none"]
     (found,) = ranks(1, compiled_over, str(folder), ways)
     for way, (*graphs, breaks) in found.items():
         assert graphs == ([1, 2, 2, 2] if way == "positions" else [1, 1, 1, 1]), way
         assert breaks == 0
+
+
+def varlen(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int, max_seqlen_k: int, **_: Any,
+) -> torch.Tensor:  # fmt: skip
+    """What flash attention computes of (tokens, heads, D), causal in each stretch, by plain products."""
+    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+    key, value = (each.repeat_interleave(query.shape[1] // each.shape[1], 1) for each in (key, value))
+    places = torch.arange(query.shape[0])
+    document = torch.searchsorted(cu_seqlens_q, places, right=True)
+    look = (document[:, None] == document[None, :]) & (places[:, None] >= places[None, :])
+    scores = torch.einsum("qhd,khd->hqk", query, key) / query.shape[-1] ** 0.5
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~look, -torch.inf).softmax(-1), value)
+
+
+def by_lengths(folder: str) -> dict[str, Any]:
+    """With a flash attention of our own making: losses beside those under masks, and graphs over 2 to 9 documents."""
+    from torch._dynamo.utils import counters
+
+    def options(max_seqlen_q: int = 0, max_seqlen_k: int = 0, **_: Any) -> dict[str, int]:
+        assert max_seqlen_q == max_seqlen_k == 36, "the lengths are not ours"
+        return {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
+
+    given = ((None, varlen, None, None, None), (options, None))
+    found: dict[str, Any] = {"apart": [], "graphs": []}
+    with (
+        patch("transformers.modeling_flash_attention_utils.lazy_import_flash_attention", lambda *_: given),
+        # It warns of fp32, which real flash attention does not take.
+        patch("transformers.integrations.flash_attention.get_target_dtype", lambda *_: None),
+    ):
+        with starting("eager"):
+            lm, plain = open_model(folder, compile=True), open_model(folder)
+        lm.model.config._attn_implementation = "flash_attention_2"
+        lm.masking = replace(lm.masking, way="flat")
+        for documents in (2, 5, 9, 1):
+            batch = packed(documents)
+            losses, _ = lm.token_losses(lm.masking.prepare(batch))
+            losses.sum().backward()
+            found["apart"].append(float((losses - plain.token_losses(batch)[0]).abs().max()))
+            found["graphs"].append(counters["stats"]["unique_graphs"])
+    found["breaks"] = dict(counters["graph_break"])
+    return found
+
+
+def test_flash_attention_is_given_the_documents_lengths_and_no_layer_is_compiled_twice(
+    ranks: Any, tmp_path: Path
+) -> None:
+    """transformers would find them in each layer, and wait for the GPU there. It also asks each layer for its number
+    (5.23), so that each is a graph of its own: more of them than torch would allow by itself, and none uncompiled."""
+    folder = tiny.save_model(tmp_path, "mistral", num_hidden_layers=MANY)
+    (found,) = ranks(1, by_lengths, str(folder))
+    assert max(found["apart"]) < 1e-4
+    assert found["graphs"] == [MANY] * 4 and not found["breaks"]
 
 
 class Numbered(nn.Module):

@@ -132,7 +132,7 @@ def test_a_document_does_not_see_the_one_before_it(ranks: Any, folders: Any) -> 
     (answers,) = ranks(1, isolated, [(str(folders[family]), attention) for family, attention in cases])
     for case, answer in zip(cases, answers, strict=True):
         assert not isinstance(answer, str), answer
-        assert answer[0] == "positions"
+        assert answer[0] == "own"
         assert_isolated(answer[1], str(case))
 
 
@@ -237,9 +237,58 @@ def test_an_explicit_mask_keeps_the_model_s_own_window(
     """It is all the masking there is: without the window the model would train with another attention than its own."""
     folder = tiny.save_model(tmp_path / "model", family, **changes)
     [found] = ranks(1, by_mask, str(folder), way)
-    assert found["ways"] == ["positions", way]
+    assert found["ways"] == ["own", "positions", way]
     assert found["apart"] < 1e-4
     assert found["leak"] <= 10 * found["noise"]
+
+
+OWN: dict[str, tuple[str, dict[str, Any]]] = {
+    "mistral": ("mistral", {"sliding_window": 8}),
+    "qwen3": ("qwen3_tied", {}),
+    "mixtral": ("mixtral", {}),
+    "gemma3": ("gemma3_text", {"head_dim": 8, "sliding_window": 8, "num_hidden_layers": 6}),
+}  # fmt: skip
+
+
+def own_and_found(folder: str, attention: str) -> float:
+    """How far the logits under masks of document numbers are from those that the model itself makes of positions."""
+    from dataclasses import replace
+
+    lm = open_model(folder, attention)
+    with torch.no_grad():
+        logits = [
+            lm.logits(packed(*documents(0, 1, 0)), replace(lm.masking, way=way)) for way in ("own", "positions", "none")
+        ]
+    assert not torch.equal(logits[0], logits[2]), "else this shows nothing"
+    return float((logits[0] - logits[1]).abs().max())
+
+
+@pytest.mark.parametrize(
+    ("attention", "families"),
+    [
+        ("sdpa", list(OWN)),
+        ("eager", list(OWN)),
+        # transformers compiles it for each model; on a CPU it has no backward pass.
+        pytest.param("flex_attention", ["mistral"], marks=pytest.mark.slow),
+    ],
+)
+def test_masks_of_document_numbers_are_those_that_the_model_finds_in_positions(
+    ranks: Any, tmp_path: Path, attention: str, families: list[str]
+) -> None:
+    """Of full attention and of windows; to the last bit, but for flex attention's order of sums."""
+    for name in families:
+        family, changes = OWN[name]
+        folder = tiny.save_model(tmp_path / name, family, **changes)
+        (far,) = ranks(1, own_and_found, str(folder), attention)
+        assert far <= (1e-5 if attention == "flex_attention" else 0), name
+
+
+def test_chunks_of_attention_which_begin_anew_in_each_document_are_left_to_positions() -> None:
+    from llm_recipes.models import loading, masking
+
+    changes = {"num_local_experts": 4, "head_dim": 8, "attention_chunk_size": 8}
+    model = loading.empty_model(tiny.model_config("llama4_text", **changes), torch.float32, None)
+    assert masking.ways_to_try(model, masking.accepted_arguments(model)) == ["positions", "block"]
 
 
 def unmasked(folder: str) -> dict[str, Any]:
