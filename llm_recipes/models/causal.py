@@ -151,13 +151,34 @@ def _original_class(model: nn.Module) -> type:
     return next(each for each in type(model).__mro__ if not issubclass(each, FSDPModule))
 
 
-def flash_attention(model: Any, device: torch.device, dtype: torch.dtype) -> str | None:
-    """The newest flash attention that is installed and that this model takes, or None. (Never run on a GPU yet.)"""
-    if device.type != "cuda" or dtype == torch.float32 or not model._supports_flash_attn:
-        return None
+def flash_attention(model: Any, device: torch.device, dtype: torch.dtype) -> tuple[str | None, str]:
+    """The newest flash attention that is installed and that this model takes, or None; and why. (Never run on a GPU
+    yet.)"""
+    if device.type != "cuda":
+        return None, "transformers' own choice: flash attention needs a GPU"
+    if dtype == torch.float32:
+        return None, "transformers' own choice: flash attention has no fp32"
+    if not model._supports_flash_attn:
+        return None, "transformers' own choice: this model takes no flash attention"
     # The fourth generation is for Blackwell and Hopper, and young: it is used where it is asked for by name.
     installed = {"flash_attention_3": is_flash_attn_3_available, "flash_attention_2": is_flash_attn_2_available}
-    return next((name for name, available in installed.items() if available()), None)
+    found = next((name for name, available in installed.items() if available()), None)
+    return found, "installed here" if found else "transformers' own choice: flash-attn is not installed"
+
+
+def _attention(model: Any, device: torch.device, why: str) -> str:
+    """What the log says of the model's attention. A mask keeps documents apart, and of torch's kernels its flash
+    attention takes none: cuDNN's and the efficient one do."""
+    name = str(model.config._attn_implementation)
+    if name != "sdpa" or device.type != "cuda":
+        return f"attention {name} ({why})"
+    enabled = {
+        "cuDNN": torch.backends.cuda.cudnn_sdp_enabled(),
+        "efficient": torch.backends.cuda.mem_efficient_sdp_enabled(),
+        "flash where nothing is masked": torch.backends.cuda.flash_sdp_enabled(),
+        "plain products": torch.backends.cuda.math_sdp_enabled(),
+    }
+    return f"attention {name} ({why}; by {', '.join(each for each, is_on in enabled.items() if is_on)})"
 
 
 def build(
@@ -196,9 +217,10 @@ def build(
         return loading.empty_model(own, storage, attention, config.trust_remote_code, device)
 
     model = empty()
-    if attention is None and (better := flash_attention(model, topology.device, precision.compute)):
-        attention = better
-        model = empty()
+    why_attention = "asked for"
+    if attention is None:
+        attention, why_attention = flash_attention(model, topology.device, precision.compute)
+        model = empty() if attention is not None else model
     if beside is not None:
         adapters.inject(model, beside, precision)
     price = cost(model, adapters.expert_parameters(model))
@@ -240,13 +262,12 @@ def build(
         adapters.freeze(model)
     fp8.gather_in_8_bits(model, parallel, precision, topology.shard_ranks)
     log.info(
-        "model %s: %s parameters (%s active), %d layers, attention %s (%s), %s%s",
+        "model %s: %s parameters (%s active), %d layers, %s, %s%s",
         model.config.model_type,
         f"{price.parameters:,}",
         f"{price.active_parameters:,}",
         len(layers),
-        model.config._attn_implementation,
-        "asked for" if config.attention != "auto" else "installed here" if attention else "transformers' own choice",
+        _attention(model, topology.device, why_attention),
         precision.name,
         "" if beside is None else f"; what stands still is kept in {str(storage).removeprefix('torch.')}",
     )

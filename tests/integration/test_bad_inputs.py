@@ -260,6 +260,15 @@ PRETRAIN: list[Case] = [
     ("model.path=tokens", "model.path=tokens: no model configuration opens here"),
     ("model.path=${run.nam}", "Interpolation key 'run.nam' not found"),
     ("model.attention=flash", "model: mistral cannot be built from its configuration"),
+    ("model.compile=ture", "model.compile=ture: no such choice, did you mean 'true'?"),
+    (
+        "model.activation_memory_budget=0.5",
+        "model.activation_memory_budget=0.5 needs activation_checkpointing=selective",
+    ),
+    (
+        "model.activation_checkpointing=selective model.activation_memory_budget=2",
+        "model.activation_memory_budget=2.0: from 0 (as activation_checkpointing=full) to 1",
+    ),
     ("train.trainable=head", "train.trainable=head: no such choice, known: all, embeddings, new_embeddings"),
     ("train.trainable=new_embeddings", "model.path=model: its config.json does not say which rows are new"),
     (

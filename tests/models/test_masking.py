@@ -318,6 +318,33 @@ def test_without_masking_one_attention_runs_over_the_whole_window(ranks: Any, fo
             torch.testing.assert_close(found["logits"], model(input_ids=ids).logits[0], rtol=1e-4, atol=1e-4)
 
 
+def test_the_choice_of_attention_has_a_reason() -> None:
+    from types import SimpleNamespace
+    from unittest.mock import patch
+
+    from llm_recipes.models import causal
+
+    model = SimpleNamespace(_supports_flash_attn=True, config=SimpleNamespace(_attn_implementation="sdpa"))
+    none = SimpleNamespace(_supports_flash_attn=False)
+    cuda, cpu, bf16, fp32 = torch.device("cuda"), torch.device("cpu"), torch.bfloat16, torch.float32
+    there = {"is_flash_attn_3_available": lambda: False, "is_flash_attn_2_available": lambda: True}
+    with patch.multiple(causal, **there):
+        assert causal.flash_attention(model, cuda, bf16) == ("flash_attention_2", "installed here")
+        for asked, reason in (
+            ((model, cpu, bf16), "GPU"),
+            ((model, cuda, fp32), "fp32"),
+            ((none, cuda, bf16), "model"),
+        ):
+            name, why = causal.flash_attention(*asked)
+            assert name is None and reason in why
+    with patch.multiple(causal, is_flash_attn_3_available=lambda: False, is_flash_attn_2_available=lambda: False):
+        assert "not installed" in causal.flash_attention(model, cuda, bf16)[1]
+    assert causal._attention(model, cpu, "why") == "attention sdpa (why)"
+    with patch("torch.backends.cuda.flash_sdp_enabled", lambda: False):
+        said = causal._attention(model, cuda, "why")
+    assert "cuDNN" in said and "efficient" in said and "flash" not in said
+
+
 def test_a_block_mask_lets_a_token_see_its_own_document_up_to_itself() -> None:
     from llm_recipes.models.masking import block_mask
 

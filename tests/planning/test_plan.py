@@ -172,6 +172,7 @@ def test_candidates_change_keys_and_are_refused_as_a_run_is(planned: Any, tiny_m
         rows(config)
 
 
+BUDGET = "model.activation_checkpointing=selective model.activation_memory_budget=0.5"
 BAD = {
     "mfu=1.5": "mfu=1.5: a share of the peak, above 0, up to 1",
     "mfu=0": "mfu=0.0: a share of the peak, above 0, up to 1",
@@ -187,13 +188,14 @@ BAD = {
     "model.shape.model_type=mistrel": "model.shape.model_type=mistrel: no such kind of model",
     "model.shape={}": "and no model.shape; bring the model, or write the keys of its config.json under model.shape",
     "adapter.kind=lora": "adapter.kind=lora: a plan knows no adapters",
+    BUDGET: "model.activation_memory_budget=0.5: a plan cannot know what the compiler keeps",
     "candidates.x=3": "candidates.x=3: give keys to change",
 }
 
 
 @pytest.mark.parametrize("bad", BAD)
 def test_a_mistake_is_one_line(bad: str) -> None:
-    overrides = ["devices=8", bad] if not bad.startswith("devices") else [bad]
+    overrides = ["devices=8", *bad.split()] if not bad.startswith("devices") else [bad]
     empty = "model.shape={}" in overrides
     overrides = [
         f"+{each}" if each.startswith(("model.shape.hidden_sise", "candidates")) else each for each in overrides
