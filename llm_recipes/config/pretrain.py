@@ -21,7 +21,8 @@ class ModelConfig:
     """With `selective`, of compiled layers: share of the activations' bytes that is kept for the backward pass, from 0
     (as `full`) to 1 (as `none`); the compiler keeps what is costliest to compute again. None: matrix products."""
     compile: str | bool = choice("auto", True, False)
-    """Compile each layer on its own. `auto`: on CUDA."""
+    """Compile each layer on its own, what the head makes of its logits, and how short moments are read and written
+    (`optim.state`). `auto`: on CUDA."""
     shape: dict[str, Any] = field(default_factory=dict)
     """The model's own config.json, for `llm_recipes.plan` before there is a folder."""
     trust_remote_code: bool = False

@@ -40,6 +40,7 @@ class CausalLM:
         masking: how documents are kept apart.
         loss_head: the model's head that answers with losses, where it is a linear one.
         use_loss_head: whether that has been shown to equal the model's own logits.
+        compiled: whether its layers are, and what else a step computes.
     """
 
     model: Any
@@ -49,6 +50,7 @@ class CausalLM:
     masking: Masking
     loss_head: head.LossHead | None
     use_loss_head: bool = False
+    compiled: bool = False
 
     @property
     def vocabulary(self) -> int:
@@ -228,12 +230,12 @@ def build(
         quantized.replace(model, precision)
     if parallel.fp8 != "none":
         fp8.convert(model, parallel, precision, topology.device)
-    loss_head = head.install(model)
     layers = sharding.layers(model)
     budget = config.activation_memory_budget
     compiled, why = layer_options.whether_to_compile(
         config.compile, topology.device, "none" if beside is None else beside.kind
     )
+    loss_head = head.install(model, fused=compiled)
     if budget is not None and not compiled:
         raise UserError(
             f"model.activation_memory_budget={budget}: it is the compiler that keeps to it, and layers are not "
@@ -285,4 +287,4 @@ def build(
         sliding_window(model),
         model.config,
     )
-    return CausalLM(model, topology, precision, price, way, loss_head)
+    return CausalLM(model, topology, precision, price, way, loss_head, compiled=compiled)

@@ -159,7 +159,7 @@ class _Run:
         scale = optim.LossScale(lm.precision.scales_loss, place.device)
         training = Training(
             models={"policy": lm},
-            optimizer=optim.adamw(lm.model, config.optim, undecayed=trained.tables),
+            optimizer=optim.adamw(lm.model, config.optim, undecayed=trained.tables, compiled=lm.compiled),
             objective=NextToken(len(self.names)),
             batches=iter(()),
             spans=self.data.spans,
