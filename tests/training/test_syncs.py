@@ -26,7 +26,7 @@ WAITS = {
 numbers, whose copy to the device waits. (Indexing by a mask: see `waits`.)"""
 READS = ("tolist", "numpy", "cpu")
 """Methods that on a CPU call no operator."""
-ON_THE_HOST = ("with_counted", "boundaries")
+ON_THE_HOST = {"with_counted", "with_boundaries"}
 """Functions of ours that are given what is not on the device yet."""
 
 
@@ -46,14 +46,14 @@ class Waits(TorchDispatchMode):
 
     def note(self, what: str) -> None:
         frame: Any = sys._getframe(2)
+        led_here: list[tuple[str, str]] = []
         while frame is not None:
             module, name = frame.f_globals.get("__name__", ""), frame.f_code.co_name
-            if name in ON_THE_HOST:
-                return
             if module.split(".")[0] in ("llm_recipes", "transformers"):
-                self.found[f"{module}.{name}: {what}"] += 1
-                return
+                led_here.append((module, name))
             frame = frame.f_back
+        if led_here and ON_THE_HOST.isdisjoint(name for _, name in led_here):
+            self.found[f"{'.'.join(led_here[0])}: {what}"] += 1
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if waits(operation, args):
