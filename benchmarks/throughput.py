@@ -1,81 +1,99 @@
 """How fast a model of a named shape trains here: tokens/s, model TFLOPs and MFU, beside a peer written by hand.
 
     python benchmarks/throughput.py shape=135m [KEY=VALUE ...]
-    torchrun --nproc_per_node 8 benchmarks/throughput.py shape=7b seq_len=4096 activation_checkpointing=full \\
-        peer=true sweep='micro_batch_size=1;micro_batch_size=2,activation_checkpointing=selective' save=mistral_8_gpus
+    python benchmarks/throughput.py shape=1b ablation=true save=ablation_1b
+    torchrun --nproc_per_node 8 benchmarks/throughput.py shape=7b documents=1 peer=true \\
+        sweep='micro_batch_size=1;micro_batch_size=2,activation_checkpointing=selective' save=mistral_8_gpus
 
-A step is a whole one of `llm_recipes.training.loop`: micro-batches to the device, forward, backward, clipping, AdamW.
-Weights and tokens are random; every window is full. `sweep` lists configurations separated by `;`, each some
-KEY=VALUE separated by commas; `peer=true` adds to each a plain transformers model with `fully_shard` called by hand
-and cross entropy of its logits. Configurations take turns: in each of `rounds` rounds each is built, warmed up and
-measured over `steps` steps, then its memory is freed. Shown are the median over all measured steps, and the
-quartiles; `ratio` is a row's seconds over ours of the same configuration. Nothing waits for a GPU between steps: they
-are timed by its own events. Where the time of our steps went is told by phase: data, forward, backward, optimizer,
-rest (`llm_recipes.training.phases`); `profile.steps` gives a run a trace.
+A step is a whole one of `llm_recipes.training.loop`: micro-batches from token files to the device, forward, backward,
+clipping, AdamW; fp32 weights and optimizer state, on a GPU bf16 compute. The data is what a run reads, through the same
+functions: token files of random tokens (Zipf's law) in documents of log-normal lengths, the mixture, `workers`
+processes, page-locked memory. A document sees itself alone; `documents=1`: attention over the whole window. Weights
+are random; routers of a mixture of experts choose as they do. A key with a dot in it is one of a run's configuration.
+
+`sweep` lists configurations separated by `;`, each some KEY=VALUE separated by commas. `ablation=true` tries what makes
+a step faster or smaller (levers.py), each alone and together. `peer=true` (with `documents=1`) adds to each a plain
+transformers model with `fully_shard` called by hand and cross entropy of its logits. Configurations take turns: in each
+of `rounds` rounds each is built, warmed up and measured over `steps` steps, then its memory is freed. Shown are the
+median over all measured steps, and the quartiles; `ratio` is a row's seconds over ours of the same configuration, in an
+ablation over the first row's. Tokens are targets. Nothing waits for a GPU between steps: they are timed by its own
+events. Where the time of our steps went is told by phase: data, forward, backward, optimizer, rest
+(`llm_recipes.training.phases`); `profile.steps` gives a run a trace.
 
     MFU = tokens/s/device * (6 * matrix parameters + 12 * layers * heads * head_dim * seq_len) / peak FLOPs
-    (llm_recipes.models.flops; recomputation is not counted, and no peak is known for a CPU)
+    (llm_recipes.models.flops, as torchtitan counts: recomputation is not, of experts those that a token meets; no
+    peak is known for a CPU)
 
-What a CUDA device does with this script has not been seen yet: so far it has run on CPUs only.
+On a GPU windows are 4,096 tokens, and micro-batches what fits 141 GB (shapes.py). Without one a tiny model of the same
+family stands in for a large shape, and the title says so. What a CUDA device does with this script has not been seen
+yet: so far it has run on CPUs only.
 """
 
-import contextlib
-import gc
-import json
 import os
-import statistics
-import sys
-import tempfile
-import time
-from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin would measure the other work on the machine
 
+import gc
+import statistics
+import sys
+import tempfile
+import traceback
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import corpus
 import torch
 import torch.nn.functional as F
-from loop_overhead import Options, Ours, by_hand, draw_batches, llama, read_options, set_threads
-from rich.console import Console
-from rich.table import Table
+from contender import Ours, configure, open_batches
+from levers import ablation
+from loop_overhead import by_hand, set_threads
+from measuring import (
+    Stopwatch,
+    answer,
+    device_name,
+    formula,
+    let_go,
+    peak_bytes,
+    rates,
+    read_all_options,
+    reset_peak,
+    show,
+)
+from shapes import SHAPES, settle, write_shape
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llm_recipes.config import OptimConfig, ParallelConfig
-from llm_recipes.data.stream import Batch
-from llm_recipes.models import flops, topology
+from llm_recipes.errors import UserError, first_line
+from llm_recipes.models import topology
+from llm_recipes.models.flops import Cost
 from llm_recipes.models.topology import Topology
+from llm_recipes.training.data import open_data
 
-SHAPES = {
-    "tiny": llama(256, 704, 4, 4, 2, 8192),
-    "135m": llama(576, 1536, 30, 9, 3, 49152, tie_word_embeddings=True),  # SmolLM2-135M
-    "1b": llama(2048, 8192, 16, 32, 8, 128256, tie_word_embeddings=True),  # Llama-3.2-1B
-    "3b": llama(3072, 8192, 28, 24, 8, 128256, tie_word_embeddings=True),  # Llama-3.2-3B
-    "7b": llama(4096, 14336, 32, 32, 8, 32000, model_type="mistral", sliding_window=None),  # Mistral-7B
-    "moe": llama(512, 1792, 6, 8, 2, 32000, model_type="mixtral", num_local_experts=8, num_experts_per_tok=2),
-}
 DEFAULTS = {
-    "shape": "135m", "seq_len": "256", "micro_batch_size": "1", "accumulation": "1", "documents": "1",
-    "attention": "auto", "activation_checkpointing": "none", "compile": "false", "precision": "",
-    "sharding": "full_shard", "reduce": "every", "steps": "5", "warmup": "1", "rounds": "3", "threads": "",
-    "peer": "false", "sweep": "", "save": "",
+    "shape": "135m", "seq_len": "", "micro_batch_size": "", "accumulation": "", "documents": "packed", "workers": "0",
+    "attention": "auto", "activation_checkpointing": "", "compile": "false", "head": "uniform", "precision": "",
+    "sharding": "full_shard", "reduce": "every", "steps": "5", "warmup": "2", "rounds": "3", "threads": "",
+    "peer": "false", "sweep": "", "ablation": "false", "save": "",
 }  # fmt: skip
 COLUMNS = ["configuration", "", "s/step", "quartiles", "tokens/s/device", "TFLOPs/device", "MFU", "peak GB", "ratio"]
-GLOBAL = ("steps", "warmup", "rounds", "threads", "peer", "sweep", "save")
+PHASES = ("data", "forward", "backward", "optimizer", "rest")
+GLOBAL = ("shape", "steps", "warmup", "rounds", "threads", "peer", "sweep", "ablation", "save")
 
 
 class Peer:
     """What one writes by hand: transformers, `fully_shard`, cross entropy of the logits, clipping, fused AdamW."""
 
-    def __init__(self, place: Topology, folder: Path, options: Options, sample: list[Batch]) -> None:
+    def __init__(self, place: Topology, folder: Path, options: dict[str, str], steps: int) -> None:
         attention = None if options["attention"] == "auto" else options["attention"]
         self.place, self.last_only = place, options["reduce"] == "last"
         if options["documents"] != "1" or options["activation_checkpointing"] == "selective":
             sys.exit("peer=true goes with documents=1, and has no selective activation checkpointing")
+        own = AutoConfig.from_pretrained(folder)
         with place.device:  # whole on each device before it is sharded
-            own = AutoConfig.from_pretrained(folder)
             self.model = AutoModelForCausalLM.from_config(own, dtype=torch.float32, attn_implementation=attention)
         if options["activation_checkpointing"] == "full":
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -89,8 +107,12 @@ class Peer:
         fully_shard(self.model, mesh=place.mesh, mp_policy=policy)
         self.model.train()
         self.optimizer = by_hand(self.model, OptimConfig(lr=1e-4))
+        config = configure(options, folder, steps, place.ranks)
+        data = open_data(config, str(folder), place.ranks, place.is_first)
+        self.batches = open_batches(config, data, place, own.vocab_size, steps)
 
-    def step(self, micro_batches: list[Batch]) -> torch.Tensor:
+    def step(self) -> torch.Tensor:
+        micro_batches = next(self.batches)
         count = sum(batch["targets"].numel() for batch in micro_batches)
         total = torch.zeros((), device=self.place.device)
         for number, batch in enumerate(micro_batches):
@@ -106,151 +128,152 @@ class Peer:
         self.optimizer.zero_grad(set_to_none=True)
         return total
 
-
-class Stopwatch:
-    """Times steps: by the GPU's own events, without waiting for it in between, or by the clock."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda, self.marks = device.type == "cuda", []
-
-    def mark(self) -> None:
-        if self.cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self.marks.append(event)
-        else:
-            self.marks.append(time.perf_counter())
-
-    def seconds(self) -> list[float]:
-        """Between one mark and the next."""
-        if self.cuda:
-            torch.cuda.synchronize()
-            return [a.elapsed_time(b) / 1e3 for a, b in zip(self.marks[:-1], self.marks[1:], strict=True)]
-        return [b - a for a, b in zip(self.marks[:-1], self.marks[1:], strict=True)]
+    def close(self) -> None:
+        self.batches.close()
 
 
-def reset_peak(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        return
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+@dataclass
+class Found:
+    """Of one configuration and side, over its rounds."""
+
+    seconds: list[float] = field(default_factory=list)
+    peak: int = 0
+    targets: float = 0.0
+    """Of a step, on one device."""
+    spent: Counter[str] = field(default_factory=Counter)
+    cost: Cost | None = None
+    why_not: str = ""
 
 
-def peak_bytes(device: torch.device) -> int:
-    """Peak since `reset_peak`: allocated on the GPU, else resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
-
-
-def measure(kind: type, place: Topology, options: Options, steps: int, warmup: int) -> tuple[Any, ...]:
-    """Seconds of each step, peak bytes, what a token costs, and seconds of each phase; the last two of ours alone."""
-    shape = SHAPES[options["shape"]]
-    numbers = [int(options[key]) for key in ("seq_len", "micro_batch_size", "accumulation", "documents")]
-    batches = [draw_batches(shape["vocab_size"], *numbers, seed) for seed in range(place.rank, 4 + place.rank)]
+def measure(kind: type, place: Topology, folder: Path, options: dict[str, str], found: Found) -> None:
+    """Build one side, warm it up, and add its steps to what has been found."""
+    steps, warmup = int(options["steps"]), int(options["warmup"])
+    torch.compiler.reset()  # else the tenth configuration would no longer be compiled, and say little of it
+    let_go(place.device)
     reset_peak(place.device)
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(shape))
-        contender = kind(place, Path(folder), options, batches[0])
-    for number in range(warmup):
-        contender.step(batches[number % 4])
-    watch = Stopwatch(place.device)
-    if kind is Ours:
-        contender.training.phases.start()
-    watch.mark()
-    for number in range(steps):
-        contender.step(batches[number % 4])
+    contender = kind(place, folder, options, warmup + steps)
+    try:
+        for _ in range(warmup):
+            contender.step()
+        watch = Stopwatch(place.device)
+        if kind is Ours:
+            contender.training.phases.start()
         watch.mark()
-    own = (contender.lm.cost, contender.training.phases.stop()) if kind is Ours else (None, {})
-    return watch.seconds(), peak_bytes(place.device), *own
+        done = []
+        for _ in range(steps):
+            done.append(contender.step())
+            watch.mark()
+        found.seconds += watch.seconds()
+        found.peak = max(found.peak, peak_bytes(place.device))
+        if kind is Ours:
+            found.cost = contender.lm.cost
+            found.targets = float(sum(step.targets for step in done)) / steps / place.ranks
+            found.spent.update(contender.training.phases.stop())
+    finally:
+        contender.close()
 
 
-def configurations(options: Options) -> Iterator[tuple[str, dict[str, str]]]:
-    """What `sweep` lists, each named by what it changes."""
+def configurations(options: dict[str, str]) -> tuple[list[tuple[str, dict[str, str]]], list[str]]:
+    """What `sweep` or `ablation` lists, each named by what it changes; and notes."""
+    if options["ablation"] == "true":
+        return ablation(options)
+    runs = []
     for entry in options["sweep"].split(";"):
         changes = [change for change in entry.split(",") if change]
         if any(change.partition("=")[0] in GLOBAL for change in changes):
             sys.exit(f"sweep={entry}: {', '.join(GLOBAL)} hold for all configurations")
-        changed = read_options(changes, options)
-        if changed["shape"] not in SHAPES:
-            sys.exit(f"shape={changed['shape']}: known are {', '.join(SHAPES)}")
-        changed["precision"] = changed["precision"] or ("bf16-mixed" if torch.cuda.is_available() else "fp32")
-        yield " ".join(changes), changed
+        runs.append((" ".join(changes), read_all_options(changes, options)))
+    return runs, []
+
+
+def prepare(folder: str, shape: str, runs: list[tuple[str, dict[str, str]]], ranks: int) -> str:
+    """A model's folder with tokens for every configuration's steps."""
+    write_shape(Path(folder), SHAPES[shape])
+    most = 0
+    for _, run in runs:
+        rows = int(run["micro_batch_size"]) * int(run["accumulation"]) * ranks
+        most = max(most, rows * (int(run["steps"]) + int(run["warmup"])) * int(run["seq_len"]))
+    corpus.write_corpus(Path(folder), SHAPES[shape]["vocab_size"], most + 1)
+    return folder
 
 
 def main(arguments: list[str]) -> None:
-    options = read_options(arguments, DEFAULTS)
-    runs = list(configurations(options))
+    options, said = settle(read_all_options(arguments, DEFAULTS))
+    runs, notes = configurations(options)
     kinds: list[type] = [Ours, Peer] if options["peer"] == "true" else [Ours]
-    threads = set_threads(options["threads"])
-    steps, warmup, rounds = (int(options[key]) for key in ("steps", "warmup", "rounds"))
-    times: dict[tuple[int, type], list[float]] = {(run, kind): [] for run in range(len(runs)) for kind in kinds}
-    peaks, costs = dict.fromkeys(times, 0), {}
-    spent: dict[int, Counter[str]] = {run: Counter() for run in range(len(runs))}
-    for number in range(rounds):
-        for run, kind in times:
-            place = topology.start(ParallelConfig(runs[run][1]["sharding"], precision=runs[run][1]["precision"]))
-            seconds, peak, cost, phases = measure(kind, place, runs[run][1], steps, warmup)
-            times[run, kind] += seconds
-            peaks[run, kind] = max(peaks[run, kind], peak)
-            costs[run] = cost or costs[run]
-            spent[run].update(phases)
-            if place.is_first:
-                print(f"round {number + 1}/{rounds} {kind.__name__.lower()} {runs[run][0]}: "
-                      f"median {statistics.median(seconds):.3f} s a step", flush=True)  # fmt: skip
-
-    name = torch.cuda.get_device_name() if place.device.type == "cuda" else f"CPU, {threads} threads a process"
-    peak_flops = flops.peak_flops(name)
-    title = f"{options['shape']}, {place.ranks} x {name}, torch {torch.__version__}, {rounds} x {steps} steps"
-    rows, formulas, splits = [], [], []
-    for (run, kind), seconds in times.items():
-        given, cost = runs[run][1], costs[run]
-        tokens = int(given["seq_len"]) * int(given["micro_batch_size"]) * int(given["accumulation"])
-        median = statistics.median(seconds)
-        low, _, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else (median,) * 3
-        rate = tokens / median
-        operations = rate * cost.per_token(int(given["seq_len"]))
-        mfu = f"{operations / peak_flops:.1%}" if peak_flops else "-"
-        ratio = median / statistics.median(times[run, Ours])
-        base = f"seq {given['seq_len']}, {given['micro_batch_size']} x {given['accumulation']}, {given['precision']}"
-        rows.append((f"{base} {runs[run][0]}".strip(), kind.__name__.lower(), f"{median:.3f}", f"{low:.3f}-{high:.3f}",
-                     f"{rate:,.0f}", f"{operations / 1e12:.3f}", mfu, f"{peaks[run, kind] / 1e9:.2f}",
-                     f"{ratio:.2f}x"))  # fmt: skip
-        if kind is Ours:
-            whole = spent[run].total()
-            shares = ", ".join(f"{phase} {seconds / whole:.1%}" for phase, seconds in spent[run].items())
-            splits.append(f"where the time of ours {runs[run][0]}".rstrip() + f" went: {shares}")
-        formulas.append(
-            f"{given['shape']}, seq {given['seq_len']}: {cost.parameters:,} parameters ({cost.active_parameters:,} "
-            f"active), 6 * {cost.matrix_parameters:,} + 12 * {cost.attention_width:,} * {given['seq_len']} = "
-            f"{cost.per_token(int(given['seq_len'])) / 1e9:.3f} GFLOPs a token"
-        )
-    if place.is_first:
-        show(title, rows, [*splits, *dict.fromkeys(formulas)], options["save"])
+    threads, rounds = set_threads(options["threads"]), int(options["rounds"])
+    found = {(run, kind): Found() for run in range(len(runs)) for kind in kinds}
+    place = topology.start(ParallelConfig())
+    if place.is_first and said:
+        print(said, flush=True)
+    title = f"{said or options['shape']}; {place.ranks} x {device_name(threads)}, torch {torch.__version__}, "
+    title += f"{rounds} x {options['steps']} steps"
+    with tempfile.TemporaryDirectory() as own:
+        folder = place.on_first(lambda: prepare(own, options["shape"], runs, place.ranks))
+        for number in range(rounds):
+            for (run, kind), each in found.items():
+                if each.why_not:
+                    continue
+                given = runs[run][1]
+                here = topology.start(ParallelConfig(given["sharding"], precision=given["precision"]))
+                try:
+                    measure(kind, here, Path(folder), given, each)
+                except torch.OutOfMemoryError:
+                    each.why_not = "out of memory"
+                except UserError as error:
+                    each.why_not = str(error)
+                except Exception as error:
+                    if place.ranks > 1:  # the others would wait for this one
+                        raise
+                    traceback.print_exc()
+                    each.why_not = f"{type(error).__name__}: {first_line(error)}"[:60]
+                gc.collect()
+                if place.is_first:
+                    seconds = each.why_not or f"median {statistics.median(each.seconds):.3f} s a step"
+                    print(f"round {number + 1}/{rounds} {kind.__name__.lower()} {runs[run][0]}: {seconds}", flush=True)
+            if place.is_first:  # a table after each round: what comes later may run out of time
+                report(title, options, runs, found, notes, device_name(threads))
+        place.barrier()
     topology.stop()
+    if all(each.why_not for each in found.values()):
+        sys.exit(2)
 
 
-def show(title: str, rows: list[Any], notes: list[str], save: str) -> None:
-    """Print a table, and keep it as `benchmarks/results/<save>.md`."""
-    table = Table(title=title)
-    for number, column in enumerate(COLUMNS):
-        table.add_column(column, justify="right" if number > 1 else "left")
-    for row in rows:
-        table.add_row(*row)
-    Console(width=140).print(table)
-    print(*notes, sep="\n")
-    if save:
-        path = Path(__file__).parent / "results" / f"{save}.md"
-        path.parent.mkdir(exist_ok=True)
-        lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
-        body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        path.write_text(f"# {title}\n\n{body}\n\n" + "\n".join(f"- {note}" for note in notes) + "\n")
-        print(f"saved as {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+def report(
+    title: str,
+    options: dict[str, str],
+    runs: list[tuple[str, dict[str, str]]],
+    found: dict[tuple[int, type], Found],
+    notes: list[str],
+    device: str,
+) -> None:
+    """Show what has been found so far."""
+    rows: list[Any] = []
+    splits, formulas = [], []
+    first = found[0, Ours]
+    for (run, kind), each in found.items():
+        name, given = runs[run]
+        shape = f"seq {given['seq_len']}, {given['micro_batch_size']} x {given['accumulation']}, {given['precision']}"
+        label = f"{shape} {name}".strip()
+        ours = found[run, Ours]
+        if each.why_not or ours.cost is None:
+            rows.append((label, kind.__name__.lower(), each.why_not or ours.why_not, *[""] * 6))
+            continue
+        base = first if options["ablation"] == "true" else ours
+        ratio = "-" if not base.seconds else f"{rate_of(base, ours) / rate_of(each, ours):.2f}x"
+        cells = rates(ours.targets, each.seconds, ours.cost, int(given["seq_len"]), device)
+        rows.append((label, kind.__name__.lower(), *cells, f"{each.peak / 1e9:.2f}", ratio))
+        if kind is Ours:
+            shares = ", ".join(f"{phase} {each.spent[phase] / each.spent.total():.1%}" for phase in PHASES)
+            splits.append(f"where the time of ours {name}".rstrip() + f" went: {shares}")
+        formulas.append(formula(options["shape"], ours.cost, int(given["seq_len"])))
+    show(title, COLUMNS, rows, [*splits, *dict.fromkeys(formulas), *notes], options["save"], left=2)
+
+
+def rate_of(each: Found, ours: Found) -> float:
+    """Targets a second."""
+    return (each.targets or ours.targets) / statistics.median(each.seconds)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    answer(main)
