@@ -10,7 +10,9 @@
                    (hf_trainer_best: torch_compile, liger-kernel where installed, no check of every loss for NaN).
                    hf_trainer_plain, hf_trainer_compiled and hf_trainer_liger name one of them alone
     torchtitan     its own Trainer with its own Llama 3: compiled layers, chunked loss, CUDA graphs and flex attention,
-                   as it has them by default (`torchtitan_no_graphs`: without CUDA graphs), no recomputation
+                   as it has them by default (`torchtitan_no_graphs`: without CUDA graphs), no recomputation. That is
+                   torchtitan 0.3.0, which wants torch 2.13 at least; of 0.2.2 (torch 2.11) peer_torchtitan_02.py says
+                   what differs, and `tied=false` is needed for shapes with tied embeddings
 
 All begin with the same weights (a Hugging Face folder; torchtitan reads it with its own adapter), kept in fp32 and on a
 GPU computed in bf16, and take the same windows in the same order, cut beforehand, without padding and without a mask
@@ -71,7 +73,7 @@ from llm_recipes.training.data import open_data
 DEFAULTS = {
     "shape": "1b", "peers": "hf_trainer,torchtitan", "seq_len": "", "micro_batch_size": "", "accumulation": "",
     "steps": "10", "warmup": "4", "rounds": "3", "precision": "", "threads": "", "workers": "0",
-    "activation_checkpointing": "none", "save": "", "way": "", "work": "",
+    "activation_checkpointing": "none", "tied": "", "save": "", "way": "", "work": "",
 }  # fmt: skip
 WAYS = {
     "ours": ("compare", {"compile": "true"}),
@@ -93,7 +95,7 @@ NEEDS = {
     "hf_trainer_compiled": {"accelerate": "accelerate"},
     "hf_trainer_liger": {"accelerate": "accelerate", "liger_kernel": "liger-kernel"},
     "hf_trainer_best": {"accelerate": "accelerate"},
-    "torchtitan": {"torchtitan": "torchtitan", "torchdata": "torchdata", "spmd_types": "spmd_types==0.2.3"},
+    "torchtitan": {"torchtitan": "torchtitan==0.3.0 (torch 2.13 or later; 0.2.2 with torch 2.11)"},
 }
 NEEDS["torchtitan_no_graphs"] = NEEDS["torchtitan"]
 """Modules that a side imports, and what to install for them."""
@@ -111,7 +113,9 @@ def prepare(options: dict[str, str], work: Path) -> dict[str, Any]:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    folder, shape = work / "model", SHAPES[options["shape"]]
+    folder, shape = work / "model", dict(SHAPES[options["shape"]])
+    if options["tied"]:
+        shape["tie_word_embeddings"] = options["tied"] == "true"
     folder.mkdir()
     write_shape(folder, shape)
     steps = int(options["warmup"]) + int(options["steps"])
@@ -154,7 +158,8 @@ def take_steps(options: dict[str, str], work: Path, settings: dict[str, Any]) ->
 def one_side(options: dict[str, str]) -> None:
     """This process is one side: its figures into `work`."""
     set_threads(options["threads"])
-    work, (module, settings) = Path(options["work"]), WAYS[options["way"]]
+    work, settings = Path(options["work"]), WAYS[options["way"]][1]
+    module = module_of(options["way"])
     take = take_steps if module == "compare" else importlib.import_module(module).take_steps
     result = take(options, work, settings)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -178,6 +183,13 @@ def run(options: dict[str, str], way: str, work: Path) -> dict[str, Any]:
     return found
 
 
+def module_of(way: str) -> str:
+    """The module that a side is in; torchtitan 0.2 has one of its own."""
+    module = WAYS[way][0]
+    old = module == "peer_torchtitan" and (_version("torchtitan") or "").startswith("0.2")
+    return f"{module}_02" if old else module
+
+
 def refuse_what_is_missing(ways: list[str]) -> None:
     """Raise `UserError` for a side whose package is not installed."""
     for way in ways:
@@ -188,7 +200,7 @@ def refuse_what_is_missing(ways: list[str]) -> None:
                 raise UserError(f"peers={way}: {module} is not installed; python -m pip install {package}")
         if way.startswith("torchtitan"):
             try:
-                importlib.import_module("peer_torchtitan")
+                importlib.import_module(module_of(way))
             except ImportError as error:
                 raise UserError(
                     f"peers={way}: torchtitan does not open with torch {torch.__version__} ({first_line(error)}); "

@@ -43,7 +43,7 @@ def configure(options: dict[str, str], folder: Path, steps: int, ranks: int) -> 
         UserError: a key or value that the configuration does not know.
     """
     rows = int(options["micro_batch_size"]) * int(options["accumulation"]) * ranks
-    said = {KEYS.get(key, key): value for key, value in options.items() if key in KEYS or "." in key}
+    said = {KEYS.get(key, key): value for key, value in options.items() if value and (key in KEYS or "." in key)}
     said |= {
         "model.path": folder, "data.sources.tokens.path": folder / corpus.NAME, "data.bos": "never",
         "data.mask_documents": str(options["documents"] != "1").lower(), "train.steps": steps,

@@ -28,6 +28,7 @@ class Lever:
 
 NOTHING = {"head": "logits", "compile": "false", "activation_checkpointing": "none", "attention": "sdpa"}
 """What the ablation begins with: the model's own logits, nothing compiled, nothing recomputed, torch's attention."""
+BUDGET = {"compile": "true", "activation_checkpointing": "selective", "model.activation_memory_budget": "0.5"}
 LEVERS = (
     Lever("loss head", {"head": "general"}),
     Lever("loss head, uniform", {"head": "uniform"}, together=True),
@@ -40,7 +41,10 @@ LEVERS = (
     Lever("data workers", {"workers": "2"}),
     Lever("optimizer state in 8 bits", {"optim.state": "8bit"}),
     Lever("optimizer state in bf16", {"optim.state": "bf16"}),
-    Lever("fp8", {"model.fp8": "true"}),
+    Lever("compile, selective by a budget of 0.5", BUDGET),
+    Lever("fp8 by tensor", {"model.fp8": "tensorwise"}),
+    Lever("fp8 by tensor, compile", {"model.fp8": "tensorwise", "compile": "true"}),
+    Lever("fp8 by row, compile", {"model.fp8": "rowwise", "compile": "true"}),
 )
 
 

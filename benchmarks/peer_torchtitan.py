@@ -2,76 +2,34 @@
 
 Its Trainer is taken whole: model, FSDP, compiled layers, chunked loss, optimizer, clipping, and its adapter for Hugging
 Face weights. Its data alone is ours, and each step is timed. Where torch is older than what it was made with,
-`torch.distributed.set_timeout` is filled in, which it calls once. For a CPU it has no place: what it asks of a
-device's module is answered here, and attention is torch's own, since flex attention has no backward pass there.
+`torch.distributed.set_timeout` is filled in, which it calls once (torch 2.11 is too old for it: see
+peer_torchtitan_02.py). On a CPU attention is torch's own, since flex attention has no backward pass there.
 """
 
 import json
-import os
-import socket
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
-from measuring import COMPARED, Stopwatch, reset_peak
-from torchtitan.tools import utils
+from titan import ON_GPU, Timed, one_process, times, windows  # before anything else of torchtitan
+from torchtitan.components.checkpointer import CheckpointManager
+from torchtitan.components.dataloader import BaseDataLoader
+from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
+from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw
+from torchtitan.components.tokenizer import BaseTokenizer
+from torchtitan.config import CompileConfig, TrainingConfig
+from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
+from torchtitan.models import llama3
+from torchtitan.models.common import ComplexRoPE, Embedding, Linear, RMSNorm
+from torchtitan.models.common.attention import ScaledDotProductAttention
+from torchtitan.models.llama3.state_dict_adapter import Llama3StateDictAdapter
+from torchtitan.protocols.model_spec import ModelSpec
+from torchtitan.trainer import Trainer
 
 from llm_recipes.errors import UserError
-
-ON_GPU = torch.cuda.is_available()
-
-
-class NoDevice:
-    """A CPU, where torchtitan asks for a device's module."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch.cpu, name)
-
-    def get_device_name(self, *_: Any) -> str:
-        return "CPU"
-
-    def get_device_properties(self, *_: Any) -> Any:
-        return SimpleNamespace(total_memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-
-    def current_device(self) -> int:
-        return 0
-
-    def memory_stats(self, *_: Any) -> dict[str, int]:
-        return {}
-
-    def reset_peak_memory_stats(self, *_: Any) -> None:
-        pass
-
-    def empty_cache(self) -> None:
-        pass
-
-
-# Before anything of it is imported that asks what the device is.
-if not ON_GPU:
-    utils.device_type, utils.device_module = "cpu", NoDevice()
-if not hasattr(dist, "set_timeout"):
-    dist.set_timeout = dist.distributed_c10d._set_pg_timeout  # type: ignore[attr-defined]
-
-from torchtitan.components.checkpointer import CheckpointManager  # noqa: E402
-from torchtitan.components.dataloader import BaseDataLoader  # noqa: E402
-from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss  # noqa: E402
-from torchtitan.components.metrics import MetricsProcessor  # noqa: E402
-from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw  # noqa: E402
-from torchtitan.components.tokenizer import BaseTokenizer  # noqa: E402
-from torchtitan.config import CompileConfig, TrainingConfig  # noqa: E402
-from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC  # noqa: E402
-from torchtitan.models import llama3  # noqa: E402
-from torchtitan.models.common import ComplexRoPE, Embedding, Linear, RMSNorm  # noqa: E402
-from torchtitan.models.common.attention import ScaledDotProductAttention  # noqa: E402
-from torchtitan.models.llama3.state_dict_adapter import Llama3StateDictAdapter  # noqa: E402
-from torchtitan.protocols.model_spec import ModelSpec  # noqa: E402
-from torchtitan.trainer import Trainer  # noqa: E402
 
 
 class Windows(BaseDataLoader):
@@ -82,14 +40,12 @@ class Windows(BaseDataLoader):
         pass
 
     def __init__(self, config: Any, *, local_batch_size: int, **_: Any) -> None:
-        work = Path(config.dataset_path)
-        arrays = (torch.from_numpy(np.load(work / f"{key}.npy")) for key in ("input_ids", "targets"))
-        self.ids, self.targets = (each.split(local_batch_size) for each in arrays)
+        self.work, self.rows = Path(config.dataset_path), local_batch_size
 
     def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
-        for ids, targets in zip(self.ids, self.targets, strict=True):
-            positions = torch.arange(ids.shape[1]).expand_as(ids).contiguous()
-            yield {"input": ids, "positions": positions}, targets
+        for inputs, targets in windows(self.work, self.rows):
+            shape = inputs["input"].shape
+            yield inputs | {"positions": torch.arange(shape[1]).expand(shape).contiguous()}, targets
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -118,24 +74,8 @@ class NoTokenizer(BaseTokenizer):
         raise NotImplementedError
 
 
-class Timed(Trainer):
-    """Its Trainer, with a look at the clock after each step."""
-
-    warmup = compared = 0
-
-    def train(self) -> None:
-        self.watch, self.losses = Stopwatch(self.device), []
-        self.metrics_processor.should_log = lambda step: step <= self.compared
-        self.metrics_processor.log = lambda step, loss, *_, **__: self.losses.append(float(loss))
-        super().train()
-
-    def train_step(self, data_iterator: Any) -> None:
-        if not self.watch.marks:
-            self.watch.mark()
-        super().train_step(data_iterator)
-        self.watch.mark()
-        if self.step == self.warmup:
-            reset_peak(self.device)
+class Titan(Timed, Trainer):
+    """Its Trainer, timed."""
 
 
 def llama(own: dict[str, Any]) -> Any:
@@ -169,10 +109,7 @@ def llama(own: dict[str, Any]) -> Any:
 
 def take_steps(options: dict[str, str], work: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Seconds of each step, and the first losses."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    one_process()
     folder, count = work / "model", int(options["warmup"]) + int(options["steps"])
     rows, accumulation = int(options["micro_batch_size"]), int(options["accumulation"])
     own = json.loads((folder / "config.json").read_text())
@@ -203,11 +140,4 @@ def take_steps(options: dict[str, str], work: Path, settings: dict[str, Any]) ->
             enable=True, initial_load_path=str(folder), initial_load_in_hf=True, load_only=True
         ),
     )  # fmt: skip
-    Timed.warmup, Timed.compared = int(options["warmup"]), COMPARED
-    trainer = Timed(config)
-    trainer.train()
-    targets = rows * accumulation * int(options["seq_len"])
-    seconds, losses = trainer.watch.seconds(), trainer.losses
-    trainer.close()
-    sys.stdout.flush()
-    return {"seconds": seconds, "losses": losses, "targets": targets}
+    return times(Titan(config), options)

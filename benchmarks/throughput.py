@@ -13,7 +13,8 @@ are random; routers of a mixture of experts choose as they do. A key with a dot 
 
 `sweep` lists configurations separated by `;`, each some KEY=VALUE separated by commas. `ablation=true` tries what makes
 a step faster or smaller (levers.py), each alone and together. `peer=true` (with `documents=1`) adds to each a plain
-transformers model with `fully_shard` called by hand and cross entropy of its logits. Configurations take turns: in each
+transformers model with `fully_shard` called by hand and cross entropy of its logits. What is not given is
+as the library has it. Configurations take turns: in each
 of `rounds` rounds each is built, warmed up and measured over `steps` steps, then its memory is freed. Shown are the
 median over all measured steps, and the quartiles; `ratio` is a row's seconds over ours of the same configuration, in an
 ablation over the first row's. Tokens are targets. Nothing waits for a GPU between steps: they are timed by its own
@@ -75,7 +76,7 @@ from llm_recipes.training.data import open_data
 
 DEFAULTS = {
     "shape": "135m", "seq_len": "", "micro_batch_size": "", "accumulation": "", "documents": "packed", "workers": "0",
-    "attention": "auto", "activation_checkpointing": "", "compile": "false", "head": "uniform", "precision": "",
+    "attention": "auto", "activation_checkpointing": "", "compile": "", "head": "uniform", "precision": "",
     "sharding": "full_shard", "reduce": "every", "steps": "5", "warmup": "2", "rounds": "3", "threads": "",
     "peer": "false", "sweep": "", "ablation": "false", "save": "",
 }  # fmt: skip
