@@ -3,6 +3,7 @@
 For a CPU torchtitan has no place: what it asks of a device's module is answered here.
 """
 
+import importlib
 import os
 import socket
 from collections.abc import Iterator
@@ -14,7 +15,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from measuring import COMPARED, Stopwatch, reset_peak
-from torchtitan.tools import utils
 
 ON_GPU = torch.cuda.is_available()
 
@@ -44,9 +44,13 @@ class NoDevice:
         pass
 
 
-# Before anything of it is imported that asks what the device is.
+# While its modules are opened they keep what they are told of the device.
+told = torch._utils._get_available_device_type, torch._utils._get_device_module
 if not ON_GPU:
-    utils.device_type, utils.device_module = "cpu", NoDevice()
+    torch._utils._get_available_device_type = lambda: "cpu"
+    torch._utils._get_device_module = lambda kind: NoDevice()
+importlib.import_module("torchtitan.tools.utils")
+torch._utils._get_available_device_type, torch._utils._get_device_module = told
 if not hasattr(dist, "set_timeout"):
     dist.set_timeout = dist.distributed_c10d._set_pg_timeout  # type: ignore[attr-defined]
 
