@@ -353,7 +353,8 @@ def read_nothing(model: Any, dtype: torch.dtype, device: torch.device) -> None:
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.is_meta:
-                    value = nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad)
+                    # Not left as memory was: transformers ties again only what is equal, and no NaN is.
+                    value = nn.Parameter(torch.zeros_like(parameter, device=device), parameter.requires_grad)
                     value._is_hf_initialized = True  # type: ignore[attr-defined]
                     module.register_parameter(name, value)
             for name, buffer in module.named_buffers(recurse=False):

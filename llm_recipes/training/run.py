@@ -140,6 +140,10 @@ class _Run:
             beneath = place.on_first(partial(adapters.base_of, config.model.path, self.base, config.adapter))
         if found is not None:
             adapters.refuse_another_base(found, beneath)
+        if config.model.attention == "flex_attention" and place.device.type == "cpu":
+            raise UserError(
+                "model.attention=flex_attention: torch's has no backward pass on a CPU; use sdpa, or another device"
+            )
         lm = causal.build(
             config.model, config.parallel, place, str(self.base), self.data.separate, config.train.seed,
             weights=found is None, adapter=config.adapter,
@@ -148,9 +152,10 @@ class _Run:
         warn_of_sums(lm.model, config.model.activation_checkpointing)
         if lm.precision.storage != torch.float32:
             log.warning(
-                "parallel.precision=%s: weights and Adam's moments are kept in it too; an update of less than a 256th "
-                "of a weight is rounded away (bf16-mixed keeps them in fp32)",
+                "parallel.precision=%s: weights%s are kept in it too; an update of less than a 256th of a weight is "
+                "rounded away (bf16-mixed keeps them in fp32)",
                 lm.precision.name,
+                " and Adam's moments" if config.optim.state == "full" else "",
             )
         wanted = found is None or beneath is not None
         if wanted and config.model.init == "pretrained" and is_checkpoint(str(self.base)):

@@ -260,7 +260,13 @@ PRETRAIN: list[Case] = [
     ("model.path=tokens", "model.path=tokens: no model configuration opens here"),
     ("model.path=${run.nam}", "Interpolation key 'run.nam' not found"),
     ("model.attention=flash", "model: mistral cannot be built from its configuration"),
+    ("model.attention=flex_attention", "model.attention=flex_attention: torch's has no backward pass on a CPU"),
     ("model.compile=ture", "model.compile=ture: no such choice, did you mean 'true'?"),
+    ("optim.state=8bits", "optim.state=8bits: no such choice, did you mean '8bit'?"),
+    (
+        "parallel.fp8=rowwise parallel.precision=fp32",
+        "parallel.fp8=rowwise needs parallel.precision=bf16-mixed or bf16",
+    ),
     (
         "model.activation_memory_budget=0.5",
         "model.activation_memory_budget=0.5 needs activation_checkpointing=selective",
