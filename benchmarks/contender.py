@@ -101,7 +101,7 @@ class Ours:
         self.training = Training(
             phases=Phases(place.device),
             models={"policy": self.lm},
-            optimizer=optimizer.adamw(self.lm.model, config.optim),
+            optimizer=optimizer.adamw(self.lm.model, config.optim, compiled=self.lm.compiled),
             objective=NextToken(sources=1),
             batches=self.batches,
             spans=data.spans,

@@ -42,9 +42,9 @@ LEVERS = (
     Lever("optimizer state in 8 bits", {"optim.state": "8bit"}),
     Lever("optimizer state in bf16", {"optim.state": "bf16"}),
     Lever("compile, selective by a budget of 0.5", BUDGET),
-    Lever("fp8 by tensor", {"model.fp8": "tensorwise"}),
-    Lever("fp8 by tensor, compile", {"model.fp8": "tensorwise", "compile": "true"}),
-    Lever("fp8 by row, compile", {"model.fp8": "rowwise", "compile": "true"}),
+    Lever("fp8 by tensor", {"parallel.fp8": "tensorwise", "precision": "bf16-mixed"}),
+    Lever("fp8 by tensor, compile", {"parallel.fp8": "tensorwise", "precision": "bf16-mixed", "compile": "true"}),
+    Lever("fp8 by row, compile", {"parallel.fp8": "rowwise", "precision": "bf16-mixed", "compile": "true"}),
 )
 
 
