@@ -34,15 +34,15 @@ def losses(folder: Path) -> list[float]:
 def test_with_all_levers_a_run_is_the_plain_one_and_resumes_bit_for_bit(
     ranks: Any, workplace: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """The first loss is the plain run's; later ones differ by what 8 bits of the moments do, and no more."""
+    """Until moments are read back, losses are the plain run's; then they differ by what 8 bits do, and no more."""
     model = tiny.save_model(tmp_path, "mistral", hidden_size=64, intermediate_size=128)
     plain, straight, stopped = workplace("plain"), workplace("straight"), workplace("stopped")
-    short = {"optim__state": "8bit"}
-    ranks(2, run, tiny.pretrain_config(plain, model, **short))
-    ranks(2, run, tiny.pretrain_config(straight, model, **LEVERS))
-    assert losses(straight) == pytest.approx(losses(plain), rel=1e-4)
-    ranks(2, run, tiny.pretrain_config(stopped, model, **LEVERS, train__stop_at=5))
-    ranks(2, run, tiny.pretrain_config(stopped, model, **LEVERS))
+    ranks(1, run, tiny.pretrain_config(plain, model))
+    ranks(1, run, tiny.pretrain_config(straight, model, **LEVERS))
+    assert losses(straight)[:2] == pytest.approx(losses(plain)[:2], rel=1e-5)
+    assert losses(straight) == pytest.approx(losses(plain), abs=0.02)
+    ranks(1, run, tiny.pretrain_config(stopped, model, **LEVERS, train__stop_at=5))
+    ranks(1, run, tiny.pretrain_config(stopped, model, **LEVERS))
     assert losses(stopped) == losses(straight) and len(losses(straight)) == 8
     states = [tiny.state_of(folder / "run" / "checkpoints" / "step-00000008") for folder in (straight, stopped)]
     assert states[0].keys() == states[1].keys()
