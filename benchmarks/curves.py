@@ -42,7 +42,7 @@ def run(options: dict[str, str], lever: str, seed: str) -> list[dict[str, Any]]:
     name = "-".join(filter(None, (lever.replace(",", "+").replace("/", "_"), f"seed={seed}", f"{steps}-steps")))
     processes = int(options["processes"])
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", options["processes"], "--master_port", "0",
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", options["processes"],
         "-m", "llm_recipes.pretrain", f"+exp={options['exp']}", f'run.name="{name}"', f"run.dir={options['root']}",
         f"data.seed={seed}", f"train.seed={seed}", f"train.steps={steps}", "evaluation.suites=[]", "logging.every=1",
         f"checkpoint.every={max(1, steps // 2)}", "checkpoint.keep=1", *filter(None, lever.split(",")),

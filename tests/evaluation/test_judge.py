@@ -369,6 +369,8 @@ def test_ctrl_c_loses_no_judgement_and_the_command_goes_on(folder: Path) -> None
         process = subprocess.Popen(
             [*command, f"judges.one.url={server.url}"], cwd=folder, env=place, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            # Where the tests themselves run in the background, SIGINT is ignored, and so it would be here.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )  # fmt: skip
         ready.set()
         said, _ = process.communicate(timeout=120)
