@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 STEP = "step"
 """Of a parameter's state what is one number; all else has a value for each of its rows."""
+KEPT = ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale")
+"""All else that there may be of it; scales only where moments are in 8 bits."""
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model")
 OTHER_FILES = ("generation_config.json", "chat_template*", "LICENSE*")
 
@@ -42,6 +44,14 @@ class Optimizer(Protocol):
 
     def empty_state(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
         """The state before a parameter's first gradient; sharded as the parameter is."""
+
+    def read(self, stored: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both moments of some rows, fp32, from what keeps them."""
+
+    def write(
+        self, stored: dict[str, torch.Tensor], first: torch.Tensor, second: torch.Tensor, step: torch.Tensor
+    ) -> None:
+        """Put both moments of some rows back into what keeps them."""
 
 
 def model_pieces(model: nn.Module, is_first: bool) -> list[shards.Piece]:
@@ -141,27 +151,51 @@ def restore(folder: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, A
         optimizer.state[parameter] = optimizer.empty_state(parameter)
     pieces = _by_name(optimizer_pieces(model, optimizer, is_first=True)[0])
     try:
-        _refuse_other_moments(folder / "optimizer", pieces)
-        shards.read_pieces(folder / "optimizer", pieces)
+        done = _convert_moments(shards.Folder(folder / "optimizer"), model, optimizer)
+        shards.read_pieces(folder / "optimizer", {name: each for name, each in pieces.items() if name not in done})
     except shards.Damaged as error:
         raise UserError(f"{error}; see model.path and model.overrides") from error
     return dict(json.loads((folder / "state.json").read_text(encoding="utf-8")))
 
 
-def _refuse_other_moments(folder: Path, pieces: dict[str, shards.Piece]) -> None:
-    """Codes of 8 bits are no numbers: read as such they would be wrong in silence.
+def _convert_moments(there: shards.Folder, model: nn.Module, optimizer: Optimizer) -> set[str]:
+    """Read moments that a checkpoint keeps in 8 bits and this run as numbers, or the other way round: codes read as
+    numbers would be wrong in silence. Each parameter's are whole on the host, one after another.
+
+    Returns:
+        Names of the tensors that are done with.
 
     Raises:
-        UserError: the checkpoint keeps its moments in 8 bits and the run does not, or the other way round.
+        Damaged: a tensor is missing, or of another shape.
     """
-    there = shards.Folder(folder)
-    for name, each in pieces.items():
-        if name in there and (there.dtype(name) == torch.uint8) != (each.local.dtype == torch.uint8):
-            kept = "in 8 bits" if there.dtype(name) == torch.uint8 else "as numbers"
-            raise UserError(
-                f"{folder}: keeps {name} {kept}, and optim.state asks for another form; continue with the optim.state "
-                "that the checkpoint was written with (config.yaml beside it), or begin a new run from its model/"
-            )
+    done: set[str] = set()
+    for name, parameter in model.named_parameters():
+        own, key = optimizer.state.get(parameter), f"{name}.exp_avg"
+        in_8_bits = bool(own) and own["exp_avg"].dtype == torch.uint8
+        if not own or key not in there or (there.dtype(key) == torch.uint8) == in_8_bits:
+            continue
+        stored = {each: there.read(f"{name}.{each}") for each in KEPT if f"{name}.{each}" in there}
+        if stored["exp_avg"].shape != parameter.shape:
+            raise shards.Damaged(f"{there.path}: of another model ({key} is {tuple(stored['exp_avg'].shape)})")
+        both = optimizer.read({each: _rows(value) for each, value in stored.items()})
+        box = shards.piece([name], parameter, is_first=True)
+        here = tuple(slice(at, at + n) for at, n in zip(box.offsets, box.local.shape, strict=True))
+        parts = [each.reshape(parameter.shape)[here].to(box.local.device).contiguous() for each in both]
+        local = {each: shards.piece([each], value, True).local for each, value in own.items() if each != STEP}
+        if in_8_bits:
+            first, second = map(_rows, parts)
+            optimizer.write({each: _rows(value) for each, value in local.items()}, first, second, own[STEP])
+        else:
+            for each, part in zip(("exp_avg", "exp_avg_sq"), parts, strict=True):
+                local[each].copy_(part)
+        done |= {f"{name}.{each}" for each in local}
+    if done:
+        log.info("moments of %s are kept in another form here (optim.state): converted", there.path)
+    return done
+
+
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(-1, tensor.shape[-1])
 
 
 def refuse_another_model(folder: Path, own: Any) -> None:

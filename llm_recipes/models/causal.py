@@ -22,7 +22,7 @@ from llm_recipes.models import adapter as adapters
 from llm_recipes.models import fp8, head, initial, loading, quantized, sharding
 from llm_recipes.models import layers as layer_options
 from llm_recipes.models.flops import Cost, cost
-from llm_recipes.models.masking import Masking, accepted_arguments, sliding_window
+from llm_recipes.models.masking import Masking, accepted_arguments, lengths_are_known, sliding_window
 from llm_recipes.models.topology import Topology
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,9 @@ class CausalLM:
 
     def logits(self, batch: Batch, way: Masking | None = None) -> torch.Tensor:
         """The model's own logits, (B, T, V)."""
-        output = self.model(**(way or self.masking).arguments(batch))
+        way = way or self.masking
+        with lengths_are_known(way):
+            output = self.model(**way.arguments(batch))
         return output.logits.reshape(*batch["input_ids"].shape, -1)
 
     def token_losses(self, batch: Batch, uniform: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -97,12 +99,14 @@ class CausalLM:
             self.loss_head.targets, self.loss_head.uniform = targets, uniform
             self.loss_head.counted = batch.get("counted")
             try:
-                output = self.model(**arguments)
+                with lengths_are_known(self.masking):
+                    output = self.model(**arguments)
             finally:
                 self.loss_head.targets = self.loss_head.counted = None
             losses = output.logits
         else:
-            output = self.model(**arguments)
+            with lengths_are_known(self.masking):
+                output = self.model(**arguments)
             losses = head.logits_losses(output.logits.reshape(-1, output.logits.shape[-1]), targets.reshape(-1))
         return losses.reshape(targets.shape), self._router_losses(output, batch)
 

@@ -5,11 +5,14 @@ is tried on two documents before training, and the first that isolates them is u
 """
 
 import inspect
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import masking_utils
 from transformers.masking_utils import create_masks_for_generate
 
 from llm_recipes.data.documents import window
@@ -73,6 +76,22 @@ class Masking:
         return arguments
 
 
+@contextmanager
+def lengths_are_known(masking: Masking) -> Iterator[None]:
+    """Where flash attention is told where documents begin, transformers (5.23) looks for them in positions all the
+    same, for a mask that it then leaves out, and waits for the GPU's answer: inside, it finds none."""
+    flash = "flash" in str(getattr(masking.config, "_attn_implementation", ""))
+    if masking.way != "flat" or "cu_seq_lens_q" not in masking.accepts or not flash:
+        yield
+        return
+    find = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = find
+
+
 def own_masks(config: Any, document_ids: torch.Tensor, dtype: torch.dtype) -> Any:
     """What transformers would make of positions that restart, made of document numbers: for each kind of layer what its
     attention takes. To find documents in positions it asks the GPU whether there are several, and waits, in each
@@ -132,6 +151,16 @@ def sliding_window(model: Any) -> int | None:
         return None
 
 
+def _means_its_window(model: Any) -> bool:
+    """Whether a window in the configuration is one that the model's own code makes masks of. A configuration may have
+    the key, left over from another family's, where no layer looks at it: transformers would make masks of it all the
+    same, and a trial on short documents would not show it."""
+    if getattr(model.config.get_text_config(), "layer_types", None) or sliding_window(model) is None:
+        return True
+    code = sys.modules[type(model).__module__]
+    return hasattr(code, "create_sliding_window_causal_mask") or hasattr(code, "create_masks_for_generate")
+
+
 def accepted_arguments(model: Any) -> frozenset[str]:
     """Names of the arguments of a model's forward; those of its layers' attention too where it takes anything."""
     parameters = inspect.signature(model.forward).parameters
@@ -149,7 +178,7 @@ def ways_to_try(model: Any, accepts: frozenset[str]) -> list[str]:
     ways = []
     # Chunks of attention begin anew in each document, which only positions tell; what a window holds are distances.
     by_distance = kinds <= {FULL, SLIDING} and not getattr(text, "attention_chunk_size", None)
-    if "attention_mask" in accepts and "flash" not in attention and by_distance:
+    if "attention_mask" in accepts and "flash" not in attention and by_distance and _means_its_window(model):
         ways.append("own")
     if "position_ids" in accepts:
         # Flash attention takes packed documents from positions in a single row only.

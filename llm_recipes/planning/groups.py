@@ -109,9 +109,13 @@ def lay_out(model: Any, config: ParallelConfig, state: str, devices: int, hosts:
             if fp8.gathers_in_8_bits(weight, config, place.shard_ranks)
         }
         groups = {}
+        names = {id(each): name for name, each in model.named_parameters()}
         for name, module in model.named_modules():
             if isinstance(module, FSDPModule):
                 own = list(_own_parameters(module))
+                for each in own:
+                    if each.requires_grad:
+                        moments.refuse_cut_rows(names[id(each)], each, state)
                 whole = [_padded(each, place.shard_ranks) for each in own]
                 size = 4 if id(module) in in_fp32 else precision.compute.itemsize
                 sizes = [1 if id(each) in in_8_bits else size for each in own]

@@ -7,7 +7,8 @@ A moment changes by a twentieth of itself or less in a step, which is less than 
 rounded to the nearest it would stand still for ever (a second moment that decays slowly stays several times too
 large, and the steps as many times too small). So it is rounded at random to one of its two neighbours, with the
 chances that make it right on average. Chance is a hash of the number, its place in its row and the step: nothing to
-save, and the same on each copy of the model, after a resume, and on any number of processes.
+save, and the same after a resume, on any number of processes, and on each copy of the model. (Copies whose reduced
+gradients differ in the last bit, which none has been seen to do, would differ by a neighbour's distance.)
 
 Of the 8 bits the second moment, which is never negative, takes 5 for the exponent and 3 for the mantissa, the first
 one a sign, 4 and 3: microscaling formats (Rouhani et al., "Microscaling Data Formats for Deep Learning", 2023), as
@@ -19,6 +20,9 @@ On a GPU none of this has run yet.
 """
 
 import torch
+from torch.distributed.tensor import DTensor
+
+from llm_recipes.errors import UserError
 
 BLOCK = 64
 """Numbers of a row that share a scale."""
@@ -60,6 +64,21 @@ def shapes(shape: tuple[int, ...], storage: torch.dtype, state: str) -> Shapes:
         for moment in ("exp_avg", "exp_avg_sq")
         for name, each in ((moment, (shape, torch.uint8)), (moment + SCALE, (scales, torch.uint8)))
     }
+
+
+def refuse_cut_rows(name: str, parameter: torch.Tensor, state: str) -> None:
+    """
+    Raises:
+        UserError: numbers that share a scale would lie on several processes.
+    """
+    if state != "8bit" or not isinstance(parameter, DTensor) or not is_short(tuple(parameter.shape), state):
+        return
+    if any(each.is_shard(parameter.ndim - 1) for each in parameter.placements):
+        raise UserError(
+            f"optim.state=8bit: {name} of shape {tuple(parameter.shape)} is cut along its rows, in which numbers "
+            "share a scale, on this number of processes; use another number of them, or optim.state=bf16 (a run that "
+            "began with 8bit goes on so with run.allow_changes=true)"
+        )
 
 
 def chance(bits: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
@@ -141,7 +160,7 @@ def from_8bit(codes: torch.Tensor, scales: torch.Tensor, signed: bool) -> torch.
 
 
 def read(stored: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """First and second moment of some rows, fp32, from what keeps them."""
+    """First and second moment of some rows, (R, L) each, fp32, from what keeps them."""
     first, second = stored["exp_avg"], stored["exp_avg_sq"]
     if first.dtype != torch.uint8:
         return first.float(), second.float()

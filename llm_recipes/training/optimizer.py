@@ -11,7 +11,6 @@ from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw as adamw_update
 
 from llm_recipes.config import OptimConfig
-from llm_recipes.errors import UserError
 from llm_recipes.training import moments
 
 log = logging.getLogger(__name__)
@@ -84,23 +83,13 @@ class AdamW(torch.optim.Optimizer):
         beta1, beta2 = config.betas
         super().__init__(groups, {"lr": config.lr, "betas": (beta1, beta2), "eps": config.eps})
         self.kept_in = config.state
-        self._read, self._write = moments.read, moments.write
+        self.read, self.write = moments.read, moments.write
         if compiled:
-            self._read = torch.compile(moments.read, dynamic=True)
-            self._write = torch.compile(moments.write, dynamic=True)
+            self.read = torch.compile(moments.read, dynamic=True)
+            self.write = torch.compile(moments.write, dynamic=True)
         for group in self.param_groups:
             for name, parameter in zip(group["names"], group["params"], strict=True):
-                self._refuse_cut_rows(name, parameter)
-
-    def _refuse_cut_rows(self, name: str, parameter: torch.Tensor) -> None:
-        if self.kept_in != "8bit" or not isinstance(parameter, DTensor):
-            return
-        cut = any(each.is_shard(parameter.ndim - 1) for each in parameter.placements)
-        if cut and moments.is_short(tuple(parameter.shape), self.kept_in):
-            raise UserError(
-                f"optim.state=8bit: {name} of shape {tuple(parameter.shape)} is cut along its rows, in which numbers "
-                "share a scale, on this number of processes; use another number of them, or optim.state=bf16"
-            )
+                moments.refuse_cut_rows(name, parameter, config.state)
 
     def shapes(self, parameter: torch.Tensor) -> moments.Shapes:
         """The tensors that keep this rank's part of a parameter's moments, by name."""
@@ -146,7 +135,9 @@ class AdamW(torch.optim.Optimizer):
         self, group: dict[str, Any], parameter: torch.Tensor, gradient: torch.Tensor, own: dict[str, torch.Tensor]
     ) -> None:
         """Update a parameter of short moments, some rows at a time: fp32 meanwhile, whatever its own dtype."""
-        rows = max(1, CHUNK[parameter.device.type] // max(1, parameter.shape[-1] if parameter.ndim else 1))
+        rows = max(
+            1, CHUNK.get(parameter.device.type, CHUNK["cuda"]) // max(1, parameter.shape[-1] if parameter.ndim else 1)
+        )
         names = [name for name in own if name != "step"]
         kept = [_rows(own[name]).split(rows) for name in names]
         step = own["step"]
@@ -155,10 +146,10 @@ class AdamW(torch.optim.Optimizer):
         ):
             stored = dict(zip(names, pieces, strict=True))
             step = own["step"].clone()
-            first, second = self._read(stored)
+            first, second = self.read(stored)
             fp32 = weights.float()
             self._fused(group, [fp32], [gradients.float()], [first], [second], [step])
-            self._write(stored, first, second, step)
+            self.write(stored, first, second, step)
             if fp32 is not weights:
                 weights.copy_(fp32)
         own["step"].copy_(step)

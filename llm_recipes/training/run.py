@@ -164,7 +164,12 @@ class _Run:
         scale = optim.LossScale(lm.precision.scales_loss, place.device)
         training = Training(
             models={"policy": lm},
-            optimizer=optim.adamw(lm.model, config.optim, undecayed=trained.tables, compiled=lm.compiled),
+            optimizer=optim.adamw(
+                lm.model,
+                config.optim,
+                undecayed=trained.tables,
+                compiled=lm.compiled and not config.parallel.cpu_offload,
+            ),
             objective=NextToken(len(self.names)),
             batches=iter(()),
             spans=self.data.spans,

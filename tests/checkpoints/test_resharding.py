@@ -72,6 +72,7 @@ def load_and_save(folder: str, roots: list[tuple[str, str]], layout: str) -> Non
     for source, target in roots:
         for parameter in model.parameters():
             parameter.data.fill_(-7.0)
+            adam.state[parameter] = adam.empty_state(parameter)  # as after a rollback: to be forgotten
         state.restore(Path(source) / "step-00000002", model, adam)
         own = saver(target, folder, place)
         own.start(2, model, adam, {"step": 2}, dict)

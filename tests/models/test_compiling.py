@@ -196,7 +196,8 @@ def by_lengths(folder: str) -> dict[str, Any]:
         lm.masking = replace(lm.masking, way="flat")
         for documents in (2, 5, 9, 1):
             batch = packed(documents)
-            losses, _ = lm.token_losses(lm.masking.prepare(batch))
+            with patch("transformers.masking_utils.find_packed_sequence_indices", side_effect=AssertionError):
+                losses, _ = lm.token_losses(lm.masking.prepare(batch))  # nobody looks for what it has been told
             losses.sum().backward()
             found["apart"].append(float((losses - plain.token_losses(batch)[0]).abs().max()))
             found["graphs"].append(counters["stats"]["unique_graphs"])

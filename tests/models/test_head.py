@@ -426,4 +426,4 @@ def test_fused_it_is_the_same_and_no_number_of_tokens_is_compiled_for_itself() -
             for plain, other in zip(*found, strict=True):
                 assert float((plain - other).float().norm()) <= tolerance * float(plain.float().norm())
             assert not found[1][0][::3].any() and not found[1][1][::3].any()
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before <= 2
+        assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] - before <= 2

@@ -291,6 +291,16 @@ def test_chunks_of_attention_which_begin_anew_in_each_document_are_left_to_posit
     assert masking.ways_to_try(model, masking.accepted_arguments(model)) == ["positions", "block"]
 
 
+@pytest.mark.parametrize("family", ["llama", "olmo2"])
+def test_a_window_left_over_in_a_configuration_is_not_given_to_layers_that_have_none(family: str) -> None:
+    """transformers would make its masks; a trial on documents that are shorter than it would not show that."""
+    from llm_recipes.models import loading, masking
+
+    model = loading.empty_model(tiny.model_config(family, sliding_window=40), torch.float32, None)
+    assert model.config.sliding_window == 40
+    assert masking.ways_to_try(model, masking.accepted_arguments(model)) == ["positions", "block"]
+
+
 def unmasked(folder: str) -> dict[str, Any]:
     from llm_recipes.training import proofs
 
