@@ -41,9 +41,9 @@ Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 def is_short(shape: tuple[int, ...], state: str) -> bool:
     """Whether a parameter of this shape has moments of fewer bits. Vectors have not, nor in 8 bits have matrices whose
     rows are no whole blocks: they are few, and stay as they are."""
-    if len(shape) < 2 or state == "full":
+    if len(shape) < 2 or not shape[-1] or state == "full":
         return False
-    return state == "bf16" or (shape[-1] > 0 and shape[-1] % BLOCK == 0)
+    return state == "bf16" or shape[-1] % BLOCK == 0
 
 
 def shapes(shape: tuple[int, ...], storage: torch.dtype, state: str) -> Shapes:

@@ -83,10 +83,10 @@ class AdamW(torch.optim.Optimizer):
         beta1, beta2 = config.betas
         super().__init__(groups, {"lr": config.lr, "betas": (beta1, beta2), "eps": config.eps})
         self.kept_in = config.state
-        self.read, self.write = moments.read, moments.write
+        self._read, self._write = moments.read, moments.write
         if compiled:
-            self.read = torch.compile(moments.read, dynamic=True)
-            self.write = torch.compile(moments.write, dynamic=True)
+            self._read = torch.compile(moments.read, dynamic=True)
+            self._write = torch.compile(moments.write, dynamic=True)
         for group in self.param_groups:
             for name, parameter in zip(group["names"], group["params"], strict=True):
                 moments.refuse_cut_rows(name, parameter, config.state)
@@ -112,6 +112,16 @@ class AdamW(torch.optim.Optimizer):
             state[name] = zeros
         return state | {"step": torch.zeros((), dtype=torch.float32, device=parameter.device)}
 
+    def read(self, stored: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `moments.read`: not compiled, for what happens once, and on the host."""
+        return moments.read(stored)
+
+    def write(
+        self, stored: dict[str, torch.Tensor], first: torch.Tensor, second: torch.Tensor, step: torch.Tensor
+    ) -> None:
+        """As `moments.write`, and as `read`."""
+        moments.write(stored, first, second, step)
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
@@ -135,9 +145,7 @@ class AdamW(torch.optim.Optimizer):
         self, group: dict[str, Any], parameter: torch.Tensor, gradient: torch.Tensor, own: dict[str, torch.Tensor]
     ) -> None:
         """Update a parameter of short moments, some rows at a time: fp32 meanwhile, whatever its own dtype."""
-        rows = max(
-            1, CHUNK.get(parameter.device.type, CHUNK["cuda"]) // max(1, parameter.shape[-1] if parameter.ndim else 1)
-        )
+        rows = max(1, CHUNK.get(parameter.device.type, CHUNK["cuda"]) // parameter.shape[-1])
         names = [name for name in own if name != "step"]
         kept = [_rows(own[name]).split(rows) for name in names]
         step = own["step"]
@@ -146,10 +154,10 @@ class AdamW(torch.optim.Optimizer):
         ):
             stored = dict(zip(names, pieces, strict=True))
             step = own["step"].clone()
-            first, second = self.read(stored)
+            first, second = self._read(stored)
             fp32 = weights.float()
             self._fused(group, [fp32], [gradients.float()], [first], [second], [step])
-            self.write(stored, first, second, step)
+            self._write(stored, first, second, step)
             if fp32 is not weights:
                 weights.copy_(fp32)
         own["step"].copy_(step)
@@ -170,8 +178,8 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous tensor as a matrix of its rows."""
-    return tensor.view(-1, tensor.shape[-1]) if tensor.ndim > 1 else tensor.view(1, -1)
+    """A contiguous tensor of two axes or more as a matrix of its rows."""
+    return tensor.view(-1, tensor.shape[-1])
 
 
 def adamw(
