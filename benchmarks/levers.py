@@ -35,6 +35,7 @@ LEVERS = (
     Lever("compile", {"compile": "true"}, together=True),
     Lever("flash attention 2", {"attention": "flash_attention_2"}, there=is_flash_attn_2_available()),
     Lever("flash attention 3", {"attention": "flash_attention_3"}, together=True, there=is_flash_attn_3_available()),
+    Lever("torch's varlen attention", {"attention": "varlen"}, there=torch.cuda.is_available()),
     Lever("flex attention", {"attention": "flex_attention"}, there=torch.cuda.is_available()),
     Lever("recompute, selective", {"activation_checkpointing": "selective"}),
     Lever("recompute, full", {"activation_checkpointing": "full"}),

@@ -15,7 +15,8 @@ class ModelConfig:
     overrides: dict[str, Any] = field(default_factory=dict)
     """Keys of the model's own config to change, for example `rope_theta`; exported with the model."""
     attention: str = "auto"
-    """An attention implementation of transformers (`sdpa`, `eager`, `flash_attention_2` ...)."""
+    """An attention implementation of transformers (`sdpa`, `eager`, `flash_attention_2` ...), or `varlen`: the flash
+    attention that torch carries, over packed documents."""
     activation_checkpointing: str = choice("none", "full", "selective")
     activation_memory_budget: float | None = None
     """With `selective`, of compiled layers: share of the activations' bytes that is kept for the backward pass, from 0

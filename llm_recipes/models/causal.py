@@ -19,7 +19,7 @@ from llm_recipes.data.stream import Batch
 from llm_recipes.errors import UserError
 from llm_recipes.folders import is_checkpoint
 from llm_recipes.models import adapter as adapters
-from llm_recipes.models import fp8, head, initial, loading, quantized, sharding
+from llm_recipes.models import fp8, head, initial, loading, quantized, sharding, varlen
 from llm_recipes.models import layers as layer_options
 from llm_recipes.models.flops import Cost, cost
 from llm_recipes.models.masking import Masking, accepted_arguments, lengths_are_known, sliding_window
@@ -222,7 +222,10 @@ def build(
     def empty(device: str = "meta") -> Any:
         return loading.empty_model(own, storage, attention, config.trust_remote_code, device)
 
+    varlen.register()
     model = empty()
+    if attention == varlen.NAME:
+        varlen.refuse_where_it_cannot_be(model, topology.device, precision.compute)
     why_attention = "asked for"
     if attention is None:
         attention, why_attention = flash_attention(model, topology.device, precision.compute)

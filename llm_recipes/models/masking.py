@@ -17,6 +17,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 from llm_recipes.data.documents import window
 from llm_recipes.data.stream import Batch, boundaries, stack, with_boundaries
+from llm_recipes.models import varlen
 
 WAYS = {
     "own": "the model's own masks, made of document numbers",
@@ -80,8 +81,8 @@ class Masking:
 def lengths_are_known(masking: Masking) -> Iterator[None]:
     """Where flash attention is told where documents begin, transformers (5.23) looks for them in positions all the
     same, for a mask that it then leaves out, and waits for the GPU's answer: inside, it finds none."""
-    flash = "flash" in str(getattr(masking.config, "_attn_implementation", ""))
-    if masking.way != "flat" or "cu_seq_lens_q" not in masking.accepts or not flash:
+    name = str(getattr(masking.config, "_attn_implementation", ""))
+    if masking.way != "flat" or "cu_seq_lens_q" not in masking.accepts or not _takes_lengths(name):
         yield
         return
     find = masking_utils.find_packed_sequence_indices
@@ -90,6 +91,11 @@ def lengths_are_known(masking: Masking) -> Iterator[None]:
         yield
     finally:
         masking_utils.find_packed_sequence_indices = find
+
+
+def _takes_lengths(attention: str) -> bool:
+    """Whether an attention is told where documents begin, and not by a mask."""
+    return "flash" in attention or attention == varlen.NAME
 
 
 def own_masks(config: Any, document_ids: torch.Tensor, dtype: torch.dtype) -> Any:
@@ -178,11 +184,11 @@ def ways_to_try(model: Any, accepts: frozenset[str]) -> list[str]:
     ways = []
     # Chunks of attention begin anew in each document, which only positions tell; what a window holds are distances.
     by_distance = kinds <= {FULL, SLIDING} and not getattr(text, "attention_chunk_size", None)
-    if "attention_mask" in accepts and "flash" not in attention and by_distance and _means_its_window(model):
+    if "attention_mask" in accepts and not _takes_lengths(attention) and by_distance and _means_its_window(model):
         ways.append("own")
     if "position_ids" in accepts:
         # Flash attention takes packed documents from positions in a single row only.
-        ways.append("flat" if "flash" in attention else "positions")
+        ways.append("flat" if _takes_lengths(attention) else "positions")
     if "flash" not in attention:
         ways.append("layers" if SLIDING in kinds and kinds <= {FULL, SLIDING} else "block")
     return ways

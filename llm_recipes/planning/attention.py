@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from llm_recipes.models import varlen
+
 NAMES = {"flash": "planned_tiles", "fused": "planned_fused"}
 """As transformers knows them; a name with `flash` in it would be looked for among its kernels."""
 
@@ -61,6 +63,6 @@ def assumed(model: Any, asked: str, compute: torch.dtype, mask_documents: bool) 
             if compute != torch.float32 and model._supports_flash_attn
             else assumed(model, "sdpa", compute, mask_documents)
         )
-    if "flash" in asked or (asked == "sdpa" and not mask_documents):
+    if "flash" in asked or asked == varlen.NAME or (asked == "sdpa" and not mask_documents):
         return "flash"
     return "fused" if asked == "sdpa" else asked

@@ -19,7 +19,7 @@ from llm_recipes.training import proofs
 INSTALLED = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
 KERNELS = {"sdpa by cuDNN": SDPBackend.CUDNN_ATTENTION, "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION}
 """Of `scaled_dot_product_attention` those that take a mask; its flash attention takes none."""
-ATTENTIONS = ["eager", "sdpa", "flex_attention", *INSTALLED, *KERNELS]
+ATTENTIONS = ["eager", "sdpa", "flex_attention", "varlen", *INSTALLED, *KERNELS]
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from llm_recipes.training import loop
 CASES: list[dict[str, Any]] = [
     {"precision": "bf16-mixed"},
     {"precision": "fp16-mixed"},
+    {"precision": "bf16-mixed", "attention": "varlen"},
     {"precision": "bf16-mixed", "compile": False},
     {"precision": "bf16-mixed", "activation_checkpointing": "selective"},
 ]

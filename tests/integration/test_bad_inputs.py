@@ -261,6 +261,7 @@ PRETRAIN: list[Case] = [
     ("model.path=${run.nam}", "Interpolation key 'run.nam' not found"),
     ("model.attention=flash", "model: mistral cannot be built from its configuration"),
     ("model.attention=flex_attention", "model.attention=flex_attention: torch's has no backward pass on a CPU"),
+    ("model.attention=varlen", "model.attention=varlen: torch's kernel needs a GPU; use sdpa"),
     ("model.compile=ture", "model.compile=ture: no such choice, did you mean 'true'?"),
     ("optim.state=8bits", "optim.state=8bits: no such choice, did you mean '8bit'?"),
     (
