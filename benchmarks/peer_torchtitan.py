@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from titan import ON_GPU, Timed, one_process, times, windows  # before anything else of torchtitan
+from titan import (  # before anything else of torchtitan
+    ON_GPU,
+    Timed,
+    one_process,
+    refuse_other_families,
+    times,
+    windows,
+)
 from torchtitan.components.checkpointer import CheckpointManager
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
@@ -28,8 +35,6 @@ from torchtitan.models.common.attention import ScaledDotProductAttention
 from torchtitan.models.llama3.state_dict_adapter import Llama3StateDictAdapter
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.trainer import Trainer
-
-from llm_recipes.errors import UserError
 
 
 class Windows(BaseDataLoader):
@@ -84,8 +89,7 @@ def llama(own: dict[str, Any]) -> Any:
     Raises:
         UserError: it has no such model.
     """
-    if own["model_type"] not in ("llama", "mistral") or own.get("sliding_window"):
-        raise UserError(f"torchtitan's Llama 3 is no {own['model_type']}; shapes that it knows are 1b, 3b, 7b and tiny")
+    refuse_other_families(own)
     width, vocabulary, heads = own["hidden_size"], own["vocab_size"], own["num_attention_heads"]
     theta = (own.get("rope_parameters") or own)["rope_theta"]
     layers = llama3._build_llama3_layers(

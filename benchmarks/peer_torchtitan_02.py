@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from titan import Timed, one_process, windows  # before anything else of torchtitan
+from titan import Timed, one_process, refuse_other_families, windows  # before anything else of torchtitan
 from titan import times as times_of
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.config import JobConfig
@@ -47,8 +47,7 @@ def llama(own: dict[str, Any]) -> Any:
     Raises:
         UserError: it has no such model.
     """
-    if own["model_type"] not in ("llama", "mistral") or own.get("sliding_window"):
-        raise UserError(f"torchtitan's Llama 3 is no {own['model_type']}; shapes that it knows are 1b, 3b, 7b and tiny")
+    refuse_other_families(own)
     if own["tie_word_embeddings"]:
         raise UserError("torchtitan 0.2's Llama 3 has no tied embeddings: tied=false unties them on all sides")
     return llama3.TransformerModelArgs(

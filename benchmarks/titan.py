@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from measuring import COMPARED, Stopwatch, reset_peak
 
+from llm_recipes.errors import UserError
+
 ON_GPU = torch.cuda.is_available()
 
 
@@ -60,6 +62,12 @@ def windows(work: Path, rows: int) -> Iterator[tuple[dict[str, torch.Tensor], to
     arrays = (torch.from_numpy(np.load(work / f"{key}.npy")) for key in ("input_ids", "targets"))
     for ids, targets in zip(*(each.split(rows) for each in arrays), strict=True):
         yield {"input": ids}, targets
+
+
+def refuse_other_families(own: dict[str, Any]) -> None:
+    """Raise `UserError` where a Hugging Face configuration is of no Llama."""
+    if own["model_type"] not in ("llama", "mistral") or own.get("sliding_window"):
+        raise UserError(f"torchtitan's Llama 3 is no {own['model_type']}; shapes that it knows are 1b, 3b, 7b and tiny")
 
 
 def one_process() -> None:

@@ -46,12 +46,12 @@ class Optimizer(Protocol):
         """The state before a parameter's first gradient; sharded as the parameter is."""
 
     def read(self, stored: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both moments of some rows, fp32, from what keeps them."""
+        """Both moments of a matrix, or of fused ones, as fp32 rows, from what keeps them."""
 
     def write(
         self, stored: dict[str, torch.Tensor], first: torch.Tensor, second: torch.Tensor, step: torch.Tensor
     ) -> None:
-        """Put both moments of some rows back into what keeps them."""
+        """Put both moments back into what keeps them."""
 
 
 def model_pieces(model: nn.Module, is_first: bool) -> list[shards.Piece]:
@@ -177,14 +177,13 @@ def _convert_moments(there: shards.Folder, model: nn.Module, optimizer: Optimize
         stored = {each: there.read(f"{name}.{each}") for each in KEPT if f"{name}.{each}" in there}
         if stored["exp_avg"].shape != parameter.shape:
             raise shards.Damaged(f"{there.path}: of another model ({key} is {tuple(stored['exp_avg'].shape)})")
-        both = optimizer.read({each: _rows(value) for each, value in stored.items()})
+        both = optimizer.read(stored)
         box = shards.piece([name], parameter, is_first=True)
         here = tuple(slice(at, at + n) for at, n in zip(box.offsets, box.local.shape, strict=True))
         parts = [each.reshape(parameter.shape)[here].to(box.local.device).contiguous() for each in both]
         local = {each: shards.piece([each], value, True).local for each, value in own.items() if each != STEP}
         if in_8_bits:
-            first, second = map(_rows, parts)
-            optimizer.write({each: _rows(value) for each, value in local.items()}, first, second, own[STEP])
+            optimizer.write(local, parts[0], parts[1], own[STEP])
         else:
             for each, part in zip(("exp_avg", "exp_avg_sq"), parts, strict=True):
                 local[each].copy_(part)
@@ -192,10 +191,6 @@ def _convert_moments(there: shards.Folder, model: nn.Module, optimizer: Optimize
     if done:
         log.info("moments of %s are kept in another form here (optim.state): converted", there.path)
     return done
-
-
-def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.view(-1, tensor.shape[-1])
 
 
 def refuse_another_model(folder: Path, own: Any) -> None:

@@ -81,10 +81,13 @@ class CausalLM:
 
     def logits(self, batch: Batch, way: Masking | None = None) -> torch.Tensor:
         """The model's own logits, (B, T, V)."""
-        way = way or self.masking
-        with lengths_are_known(way):
-            output = self.model(**way.arguments(batch))
+        output = self._output(batch, way or self.masking)
         return output.logits.reshape(*batch["input_ids"].shape, -1)
+
+    def _output(self, batch: Batch, way: Masking) -> Any:
+        """What the model answers."""
+        with lengths_are_known(way):
+            return self.model(**way.arguments(batch))
 
     def token_losses(self, batch: Batch, uniform: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Cross entropy of each target in nats, fp32 (B, T), 0 where ignored; and of a mixture of experts
@@ -94,19 +97,16 @@ class CausalLM:
             uniform: the losses will be added up with the same weight each; see `head.head_losses`.
         """
         targets = batch["targets"]
-        arguments = self.masking.arguments(batch)
         if self.use_loss_head and self.loss_head is not None:
             self.loss_head.targets, self.loss_head.uniform = targets, uniform
             self.loss_head.counted = batch.get("counted")
             try:
-                with lengths_are_known(self.masking):
-                    output = self.model(**arguments)
+                output = self._output(batch, self.masking)
             finally:
                 self.loss_head.targets = self.loss_head.counted = None
             losses = output.logits
         else:
-            with lengths_are_known(self.masking):
-                output = self.model(**arguments)
+            output = self._output(batch, self.masking)
             losses = head.logits_losses(output.logits.reshape(-1, output.logits.shape[-1]), targets.reshape(-1))
         return losses.reshape(targets.shape), self._router_losses(output, batch)
 

@@ -150,8 +150,7 @@ def _own_parameters(module: Any) -> Iterator[DTensor]:
 
 def _moments(parameter: DTensor, state: str) -> int:
     """Bytes of the first device's part of a parameter's moments."""
-    kept = state if moments.is_short(tuple(parameter.shape), state) else "full"
-    found = moments.shapes(tuple(parameter.to_local().shape), parameter.dtype, kept)
+    found = moments.shapes(tuple(parameter.to_local().shape), parameter.dtype, state)
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in found.values())
 
 

@@ -93,10 +93,7 @@ class AdamW(torch.optim.Optimizer):
 
     def shapes(self, parameter: torch.Tensor) -> moments.Shapes:
         """The tensors that keep this rank's part of a parameter's moments, by name."""
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        # By the whole parameter's shape: a rank's part of it may be empty.
-        state = self.kept_in if moments.is_short(tuple(parameter.shape), self.kept_in) else "full"
-        return moments.shapes(tuple(local.shape), parameter.dtype, state)
+        return moments.shapes(tuple(_local(parameter).shape), parameter.dtype, self.kept_in)
 
     def empty_state(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
         """The state before a parameter's first gradient; sharded as the parameter is."""
@@ -113,14 +110,14 @@ class AdamW(torch.optim.Optimizer):
         return state | {"step": torch.zeros((), dtype=torch.float32, device=parameter.device)}
 
     def read(self, stored: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `moments.read`: not compiled, for what happens once, and on the host."""
-        return moments.read(stored)
+        """As `moments.read`, of any number of axes: not compiled, for what happens once, and on the host."""
+        return moments.read({name: _rows(each) for name, each in stored.items()})
 
     def write(
         self, stored: dict[str, torch.Tensor], first: torch.Tensor, second: torch.Tensor, step: torch.Tensor
     ) -> None:
         """As `moments.write`, and as `read`."""
-        moments.write(stored, first, second, step)
+        moments.write({name: _rows(each) for name, each in stored.items()}, _rows(first), _rows(second), step)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
