@@ -1,7 +1,8 @@
 """Predicted memory against measured: the claim is at most 10% between them.
 
     python benchmarks/memory.py [ranks=8] [layers=4] [hidden=512] [vocab=16384] [seq_len=512] [micro_batch_size=2]
-        [accumulation=2] [precision=bf16-mixed] [attention=...] [sharding=full_shard] [reduce=every] [state=full]
+        [accumulation=2] [precision=bf16-mixed] [attention=...] [sharding=full_shard] [reduce=every]
+        [prefetch=1] [state=full]
     torchrun --nproc_per_node 2 benchmarks/memory.py ...         # on GPUs
 
 Each row is a model of the Llama family and one way of recomputing. Predicted is what `llm_recipes.plan` says of it.
@@ -49,7 +50,7 @@ from llm_recipes.training.objective import NextToken
 DEFAULTS = {
     "ranks": "8", "layers": "4", "hidden": "512", "vocab": "16384", "seq_len": "512", "micro_batch_size": "2",
     "accumulation": "2", "precision": "bf16-mixed", "attention": "", "sharding": "full_shard", "reduce": "every",
-    "state": "full",
+    "prefetch": "1", "state": "full",
 }  # fmt: skip
 
 
@@ -116,7 +117,12 @@ def measure(place: Topology, folder: Path, options: dict[str, str]) -> int:
 
 
 def parallel(options: dict[str, str]) -> ParallelConfig:
-    return ParallelConfig(options["sharding"], precision=options["precision"], reduce=options["reduce"])
+    return ParallelConfig(
+        options["sharding"],
+        precision=options["precision"],
+        reduce=options["reduce"],
+        prefetch=int(options["prefetch"]),
+    )
 
 
 def predict(folder: Path, options: dict[str, str], ranks: int, device: str) -> Memory:
@@ -128,7 +134,7 @@ def predict(folder: Path, options: dict[str, str], ranks: int, device: str) -> M
                   "attention": options["attention"]},
         "data": {"seq_len": int(options["seq_len"]), "mask_documents": False},
         "train": {"steps": 1, "global_batch_size": rows * accumulation * ranks, "micro_batch_size": rows},
-        "parallel": {key: options[key] for key in ("sharding", "precision", "reduce")},
+        "parallel": {key: options[key] for key in ("sharding", "precision", "reduce", "prefetch")},
     }  # fmt: skip
     config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PlanConfig), said))
     own, _ = open_shape(config.model)

@@ -114,6 +114,7 @@ def check_training(config: TrainingConfig) -> None:
         **{f"evaluation.at_steps[{at}]": step for at, step in enumerate(config.evaluation.at_steps)},
         "logging.every": config.logging.every,
         "parallel.replicas": config.parallel.replicas,
+        "parallel.prefetch": config.parallel.prefetch,
         "parallel.timeout_seconds": config.parallel.timeout_seconds,
         "adapter.rank": config.adapter.rank,
         "adapter.alpha": config.adapter.alpha,

@@ -141,6 +141,8 @@ class ParallelConfig:
     reduce: str = choice("every", "last")
     """Reduce gradients after every micro-batch (less memory) or once a step (less communication). With `no_shard`,
     where no memory would be saved, it is always once a step."""
+    prefetch: int = 1
+    """Layers whose weights are gathered ahead of the one that computes."""
     cpu_offload: bool = False
     timeout_seconds: int = 1800
     """How long a collective may wait for the slowest rank."""

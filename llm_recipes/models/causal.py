@@ -251,7 +251,7 @@ def build(
     layer_options.prepare(layers, config.activation_checkpointing, compiled, budget)
     random = weights and config.init == "random"
     fill = initial.random_weights(model, seed, partial(empty, "cpu")) if random else None
-    sharding.shard(model, topology, precision, parallel.cpu_offload, fill)
+    sharding.shard(model, topology, precision, parallel.cpu_offload, parallel.prefetch, fill)
     where = torch.device("cpu") if parallel.cpu_offload else topology.device
     if random:
         model.train()

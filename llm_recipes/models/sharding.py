@@ -12,6 +12,7 @@ from transformers.core_model_loading import build_glob_alternation
 
 from llm_recipes.config import ParallelConfig
 from llm_recipes.errors import UserError
+from llm_recipes.models import communication
 from llm_recipes.models.topology import Topology
 
 
@@ -114,6 +115,7 @@ def shard(
     topology: Topology,
     precision: Precision,
     cpu_offload: bool = False,
+    prefetch: int = 1,
     fill: Callable[[nn.Module, str], None] | None = None,
 ) -> None:
     """Shard a model in place: its layers, its input embedding, and the rest with the root.
@@ -122,6 +124,7 @@ def shard(
     with the head. Gradients are reduced in fp32, whatever computed them.
 
     Args:
+        prefetch: layers whose weights are gathered ahead of the one that computes.
         fill: called with each part and its name just before the part is sharded (random initialisation).
     """
     names = {id(module): name for name, module in model.named_modules()}
@@ -152,9 +155,11 @@ def shard(
         if fill is not None:
             fill(module, names[id(module)])
         original = type(module)
-        fully_shard(module, mp_policy=policy, reshard_after_forward=reshard, **options)
+        group: Any = fully_shard(module, mp_policy=policy, reshard_after_forward=reshard, **options)
         # FSDP's subclass of it belongs to torch, and transformers takes what is not its own for custom code.
         type(module).__module__ = original.__module__
+        if topology.shard_ranks == 1:
+            group.set_custom_reduce_scatter(communication.ReduceInPlace())
 
     reshard = topology.reshard_after_forward
     declared = declared_fp32(model, precision)
@@ -170,6 +175,8 @@ def shard(
     if embedding is not None and not any(isinstance(each, DTensor) for each in embedding.parameters()):
         apply(embedding, policy, reshard)
     apply(model, policy, None)
+    if topology.shard_ranks > 1:
+        communication.gather_ahead(layers(model), prefetch)
     for name, parameter in model.named_parameters():
         if not isinstance(parameter, DTensor):
             raise RuntimeError(f"{name} was left out of the sharding: its gradient would not be reduced")

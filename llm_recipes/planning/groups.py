@@ -49,6 +49,7 @@ class Layout:
 
     Attributes:
         groups: by name.
+        layers: names of those that are the model's layers, in order.
         shards: devices that one copy of the model is spread over.
         replicated: whether gradients are summed up over copies too.
         reshard: whether a group is given back after its forward pass.
@@ -57,6 +58,7 @@ class Layout:
     """
 
     groups: dict[str, Group]
+    layers: list[str]
     shards: int
     replicated: bool
     reshard: bool
@@ -109,7 +111,7 @@ def lay_out(model: Any, config: ParallelConfig, state: str, devices: int, hosts:
             if fp8.gathers_in_8_bits(weight, config, place.shard_ranks)
         }
         groups = {}
-        names = {id(each): name for name, each in model.named_parameters()}
+        names = {id(each): name for name, each in [*model.named_parameters(), *model.named_modules()]}
         for name, module in model.named_modules():
             if isinstance(module, FSDPModule):
                 own = list(_own_parameters(module))
@@ -128,7 +130,8 @@ def lay_out(model: Any, config: ParallelConfig, state: str, devices: int, hosts:
                     moments=sum(_moments(each, state) for each in own if each.requires_grad),
                     short=max((_short(each, state) for each in own if each.requires_grad), default=0),
                 )
-        return Layout(groups, place.shard_ranks, place.mesh.ndim > 1, place.reshard_after_forward, precision)
+        layers = [names[id(each)] for each in sharding.layers(model) if isinstance(each, FSDPModule)]
+        return Layout(groups, layers, place.shard_ranks, place.mesh.ndim > 1, place.reshard_after_forward, precision)
 
 
 def _own_parameters(module: Any) -> Iterator[DTensor]:

@@ -1,5 +1,6 @@
-"""What would make a run smaller, and by how much."""
+"""What would make a run smaller, and by how much; what would make it faster, where there is room."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ class Lever:
 
     Attributes:
         change: as it is given on the command line.
-        saved: bytes of a device.
+        saved: bytes of a device; negative where it takes more.
         total: bytes of a device with it.
     """
 
@@ -26,7 +27,7 @@ class Lever:
     total: int
 
 
-def levers(sizes: Sizes, config: PlanConfig, devices: int, now: Memory) -> list[Lever]:
+def smaller(sizes: Sizes, config: PlanConfig, devices: int, now: Memory) -> list[Lever]:
     """Each single change that saves memory and trains the same, by how much it saves."""
     rows = config.train.micro_batch_size
     single: list[tuple[dict[str, Any], int]] = [
@@ -41,17 +42,40 @@ def levers(sizes: Sizes, config: PlanConfig, devices: int, now: Memory) -> list[
         ({}, 2 * devices),
         ({}, 4 * devices),
     ]
-    found: dict[str, Lever] = {}
-    for changes, number in single:
+    found = {each.change: each for each in _tried(sizes, config, single, now) if each.saved > 0}
+    return sorted(found.values(), key=lambda each: each.total)
+
+
+def faster(sizes: Sizes, config: PlanConfig, devices: int, now: Memory, room: float) -> list[Lever]:
+    """Each single change that computes or sends less, or multiplies more at once, and fits.
+
+    Args:
+        room: bytes of a device.
+    """
+    rows, parallel = config.train.micro_batch_size, config.parallel
+    micro_batches = config.train.global_batch_size // (devices * rows)
+    recomputing = ["full", "selective", "none"]
+    less = recomputing[recomputing.index(config.model.activation_checkpointing) + 1 :]
+    single: list[dict[str, Any]] = [{"model.activation_checkpointing": kind} for kind in less]
+    single += [{"train.micro_batch_size": rows * times} for times in (2, 4, 8)]
+    if parallel.sharding == "full_shard":
+        single.append({"parallel.sharding": "shard_grad_op"})
+    if parallel.reduce == "every" and micro_batches > 1 and devices > 1:
+        single.append({"parallel.reduce": "last"})
+    if parallel.cpu_offload:
+        single.append({"parallel.cpu_offload": False})
+    return [each for each in _tried(sizes, config, [(each, devices) for each in single], now) if each.total <= room]
+
+
+def _tried(sizes: Sizes, config: PlanConfig, changes: list[tuple[dict[str, Any], int]], now: Memory) -> Iterator[Lever]:
+    """What each change, on so many devices, makes of a run; not those that it cannot have."""
+    for change, number in changes:
         try:
-            other = changed(config, changes, "lever")
+            other = changed(config, change, "lever")
             spans = BatchSpans(other.train.global_batch_size, other.train.batch_warmup)
             refuse_remainder(spans, number, other.train.micro_batch_size)
             total = sizes.memory(other, number).total
-        except UserError:  # not with this run
+        except UserError:
             continue
-        said = " ".join(f"{key}={str(value).lower()}" for key, value in changes.items() if value is not None)
-        name = said or f"devices={number}"
-        if total < now.total:
-            found[name] = Lever(name, now.total - total, total)
-    return sorted(found.values(), key=lambda each: each.total)
+        said = " ".join(f"{key}={str(value).lower()}" for key, value in change.items() if value is not None)
+        yield Lever(said or f"devices={number}", now.total - total, total)

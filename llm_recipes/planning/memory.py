@@ -3,8 +3,9 @@
 Three things are put together: how `models.sharding` lays the model out (`groups`), what the model's own pass makes on
 the way (`trace`), and what FSDP2 (torch's `fully_shard`) holds beside them at each moment of that pass:
 
-    forward   a group whole, in the dtype that computes, and its all-gather's flat buffer until the next one's
-    backward  a group whole; the flat buffer of the one that is fetched ahead; its whole gradients until they are
+    forward   a group whole, in the dtype that computes, and its all-gather's flat buffer until the next one's, or
+              those of the groups that are fetched ahead (`parallel.prefetch`)
+    backward  a group whole; the flat buffers of those that are fetched ahead; its whole gradients until they are
               reduced; the reduction's input, fp32, of the group before
     the root  whole from the first to the last: what is in no layer, as a rule the last norm and the head
     end       the root's and the input embedding's gradients, which are reduced last
@@ -88,7 +89,7 @@ def memory(config: PlanConfig, layout: Layout, passed: Trace, devices: int, chun
         # A checkpoint is copied before it is written; of copies of the model the first one writes.
         "host": kept + (0 if on_device else kept + stored * layout.trained_local),
     }
-    around = _Around(layout, passed, on_device * stored, micro_batches, once)
+    around = _Around(layout, passed, on_device * stored, micro_batches, once, config.parallel.prefetch)
     moments = [
         Memory(**fixed, **_split(each, name, passed), **around.forward(name), moment=f"forward pass of {shown(name)}")
         for name, each in passed.forward.items()
@@ -137,6 +138,7 @@ class _Around:
         every: bytes of a reduced gradient on the device.
         micro_batches: of a step.
         once: whether gradients of several micro-batches are reduced once, and kept whole in fp32 until then.
+        ahead: layers that are gathered before their turn.
     """
 
     layout: Layout
@@ -144,6 +146,7 @@ class _Around:
     every: int
     micro_batches: int
     once: bool
+    ahead: int
 
     @property
     def again(self) -> bool:
@@ -189,6 +192,11 @@ class _Around:
             return self.layout.trained_local
         return done if self.again or kept_apart else 0
 
+    @property
+    def _in_place(self) -> bool:
+        """Whether the reduction's input is the gradient itself (`models.communication.ReduceInPlace`)."""
+        return self.layout.shards == 1 and self.every == REDUCED
+
     def _whole(self, name: str) -> int:
         """Bytes of a group, and of those that it lies in."""
         return sum(each.gathered for each in self.order if name == each.name or name.startswith(f"{each.name}."))
@@ -196,10 +204,24 @@ class _Around:
     def forward(self, name: str) -> dict[str, int]:
         order = self.order
         # Where groups stay whole the first micro-batch alone gathers them, and the others hold gradients besides.
+        at = self._at(name)
         gathers = self.layout.shards > 1 and order and not self.stays
-        flat = order[min(self._at(name), len(order) - 1)].gathered if gathers else 0
-        held = self._whole(name) if self.layout.reshard else sum(each.gathered for each in order)
+        flat = order[min(at, len(order) - 1)].gathered + self._fetched(name, 1) if gathers else 0
+        if self.layout.reshard:
+            held = self._whole(name)
+        else:
+            held = sum(each.gathered for each in (order if self.stays else order[: at + 1]))
         return self._parts(held + flat, self._from_before(), [])
+
+    def _fetched(self, name: str, way: int) -> int:
+        """Flat buffers of the layers ahead of this one, forward (1) or backward (-1), where FSDP is told of them: with
+        one layer ahead it goes by itself."""
+        layers, groups = self.layout.layers, self.layout.groups
+        if self.ahead == 1 or name not in layers:
+            return 0
+        at = layers.index(name)
+        ahead = layers[at + 1 : at + 1 + self.ahead] if way == 1 else layers[max(0, at - self.ahead) : at]
+        return sum(groups[each].gathered for each in ahead)
 
     def _from_before(self) -> int:
         """The input of a micro-batch's last reduction, which is held until the next micro-batch's first one."""
@@ -219,15 +241,17 @@ class _Around:
         there = order[: at + 1] if last else order
         held = self._whole(name) if self.layout.reshard else sum(each.gathered for each in there)
         if self.layout.reshard and self.layout.shards > 1 and 0 < at < len(order):
-            held += order[at - 1].gathered  # fetched ahead
+            held += self._fetched(name, -1) or order[at - 1].gathered
         done = order[at + 1 :]
-        reduced = REDUCED * done[0].trained if done else self._from_before()
+        before = 0 if self._in_place else REDUCED
+        reduced = before * done[0].trained if done else self._from_before()
         return self._parts(held, reduced, done) if last else self._earlier(held, reduced, done)
 
     def end(self, last: bool) -> dict[str, int]:
         """As `backward`."""
         largest = max(each.trained for each in self._last)
-        reduced = REDUCED * (largest + largest // self.layout.shards)
+        result = 0 if self.layout.shards == 1 else largest // self.layout.shards
+        reduced = REDUCED * (largest + result)
         done = [each for each in self.order if each not in self._last]
         if last or not self.stays:
             held = sum(each.gathered for each in self._last[1:])

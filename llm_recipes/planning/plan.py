@@ -12,7 +12,7 @@ from llm_recipes.folders import write_json
 from llm_recipes.models import loading
 from llm_recipes.planning.candidates import Candidate, candidates
 from llm_recipes.planning.disk import Disk, disk
-from llm_recipes.planning.levers import Lever, levers
+from llm_recipes.planning.levers import Lever, faster, smaller
 from llm_recipes.planning.memory import Memory
 from llm_recipes.planning.model import open_shape
 from llm_recipes.planning.sizes import Sizes
@@ -43,7 +43,12 @@ class Speed:
 
 @dataclass(frozen=True)
 class Row:
-    """All figures of a candidate."""
+    """All figures of a candidate.
+
+    Attributes:
+        levers: what would make it smaller, where it does not fit; where it does, what would make it faster and still
+            fit.
+    """
 
     candidate: Candidate
     sizes: Sizes
@@ -123,13 +128,13 @@ def rows(config: PlanConfig) -> tuple[list[Row], str]:
         sizes = opened[key]
         pace = speed(each.config, each.devices, each.device.peak, sizes.cost.per_token(each.config.data.seq_len))
         own_memory = sizes.memory(each.config, each.devices)
-        short = own_memory.total > each.device.memory
-        found.append(
-            Row(
-                each, sizes, own_memory, pace, disk(each.config, sizes, pace.steps),
-                levers(sizes, each.config, each.devices, own_memory) if short else [],
-            )
-        )  # fmt: skip
+        if own_memory.total > each.device.memory:
+            levers = smaller(sizes, each.config, each.devices, own_memory)
+        elif sizes.problem is None:
+            levers = faster(sizes, each.config, each.devices, own_memory, each.device.memory)
+        else:
+            levers = []
+        found.append(Row(each, sizes, own_memory, pace, disk(each.config, sizes, pace.steps), levers))
     return found, source
 
 
@@ -163,9 +168,10 @@ def plan(config: PlanConfig) -> None:
     show_table("Disk, GB", _disk_table(found))
     for each in found:
         if each.levers:
+            left = f"{each.spare / 1e9:.1f} GB left; what would make it faster, and fits"
+            short = f"{-each.spare / 1e9:.1f} GB too much; what would change it"
             show_table(
-                f"{each.title}: {-each.spare / 1e9:.1f} GB too much; what would change it",
-                [_lever_row(each, lever) for lever in each.levers],
+                f"{each.title}: {left if each.spare >= 0 else short}", [_lever_row(each, one) for one in each.levers]
             )
     console.print("\n".join(f"- {each}" for each in notes(config, found)), markup=False)
     if config.output is not None:
@@ -235,7 +241,7 @@ def _disk_table(found: list[Row]) -> list[dict[str, Any]]:
 def _lever_row(row: Row, lever: Lever) -> dict[str, Any]:
     return {
         "change": lever.change,
-        "saves_GB": f"{lever.saved / 1e9:.1f}",
+        "saves_GB" if row.spare < 0 else "takes_GB": f"{abs(lever.saved) / 1e9:.1f}",
         "fits": _fits(row.candidate.device.memory - lever.total),
     }
 

@@ -29,7 +29,8 @@ MAY_CHANGE = (
     "guard", "run", "dry_run",
     "data.workers", "data.verify", "data.validation", "data.accept_tokenizer", "data.preview", "data.preview_rows",
     "data.prepared",
-    "parallel.sharding", "parallel.replicas", "parallel.reduce", "parallel.cpu_offload", "parallel.timeout_seconds",
+    "parallel.sharding", "parallel.replicas", "parallel.reduce", "parallel.prefetch",
+    "parallel.cpu_offload", "parallel.timeout_seconds",
     "model.activation_checkpointing", "model.activation_memory_budget", "model.compile", "model.attention",
     "model.shape",
 )  # fmt: skip

@@ -160,8 +160,11 @@ def test_a_parameter_is_cut_where_it_divides() -> None:
 def test_every_sharding_has_the_same_loss_and_gradients(ranks: Any, folders: Any) -> None:
     shares = {"full_shard": 0.25, "shard_grad_op": 0.25, "hybrid_shard": 0.5, "no_shard": 1}
     cases = [{"sharding": name, "replicas": 2 if name == "hybrid_shard" else None} for name in shares]
-    for answers in ranks(4, run, str(folders["mixtral"]), cases):
-        found = dict(zip(shares, answers, strict=True))
+    ahead = [{"sharding": name, "prefetch": layers} for name, layers in (("full_shard", 2), ("shard_grad_op", 9))]
+    for answers in ranks(4, run, str(folders["mixtral"]), cases + ahead):
+        for fetched in answers[len(cases) :]:
+            assert_same_step(fetched, answers[0], "weights gathered further ahead", rtol=0)
+        found = dict(zip(shares, answers, strict=False))
         for name, each in found.items():
             assert_same_step(each, found["full_shard"], name)
             assert each["share"] == pytest.approx(shares[name], rel=0.05)

@@ -14,7 +14,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 OPTIONS = {
     "layers": "3", "hidden": "128", "vocab": "1024", "seq_len": "96", "micro_batch_size": "2", "accumulation": "2",
     "precision": "bf16-mixed", "attention": "eager", "sharding": "full_shard", "reduce": "every", "ranks": "4",
-    "activation_checkpointing": "none", "state": "full",
+    "activation_checkpointing": "none", "prefetch": "1", "state": "full",
 }  # fmt: skip
 LARGE = {"vocab": "8192", "ranks": "16", "seq_len": "64", "micro_batch_size": "1", "activation_checkpointing": "full"}
 """The head outweighs the layers, and a rank's shard is little."""
@@ -25,6 +25,28 @@ CASES: dict[str, dict[str, str]] = {
     "one micro-batch": {"accumulation": "1"},
     "one device": {"ranks": "1"},
     "weights outweigh": {"seq_len": "8", "micro_batch_size": "1", "accumulation": "1"},
+    "one device, one micro-batch, weights outweigh": {
+        "ranks": "1",
+        "accumulation": "1",
+        "seq_len": "8",
+        "micro_batch_size": "1",
+    },
+    "one device, whole after forward": {"ranks": "1", "sharding": "shard_grad_op", "accumulation": "1"},
+    "two layers ahead": {"prefetch": "2", "layers": "6", "seq_len": "8", "micro_batch_size": "1"},
+    "three layers ahead, recomputed, one micro-batch": {
+        "prefetch": "3",
+        "layers": "6",
+        "activation_checkpointing": "full",
+        "accumulation": "1",
+        "seq_len": "32",
+    },
+    "two layers ahead, whole after forward": {
+        "prefetch": "2",
+        "sharding": "shard_grad_op",
+        "layers": "6",
+        "seq_len": "8",
+        "micro_batch_size": "1",
+    },
     "reduced once": {"reduce": "last"},
     "whole after forward": {"sharding": "shard_grad_op"},
     "whole after forward, three micro-batches": {"sharding": "shard_grad_op", "accumulation": "3"},

@@ -116,7 +116,6 @@ def test_what_does_not_fit_says_by_how_much_and_what_would_help(planned: Any, ti
                "device_memory_gb": 0.0007, "device_tflops": 1.0}  # fmt: skip
     small, large = rows(planned(changes))[0]
     assert small.spare == 700_000 - small.memory.total < 0 < large.spare
-    assert not large.levers
     by_change = {lever.change: lever for lever in small.levers}
     assert by_change["devices=4"].total == large.memory.total < by_change["devices=2"].total
     assert all(lever.saved == small.memory.total - lever.total > 0 for lever in small.levers)
@@ -124,6 +123,27 @@ def test_what_does_not_fit_says_by_how_much_and_what_would_help(planned: Any, ti
     assert by_change["train.micro_batch_size=1"].total == rows(planned(changes, changed))[0][0].memory.total
     assert "model.activation_checkpointing=full" in by_change and "parallel.cpu_offload=true" in by_change
     assert "parallel.sharding=full_shard" not in by_change, "it is that already"
+
+
+def test_what_fits_says_what_would_be_faster_and_still_fit(planned: Any, tiny_models: dict[str, Path]) -> None:
+    changes = {"model": {"path": str(tiny_models["mistral"]), "activation_checkpointing": "full"},
+               "train": {"global_batch_size": 16, "micro_batch_size": 1}, "devices": 2, "device": "toy",
+               "device_memory_gb": 0.002, "device_tflops": 1.0}  # fmt: skip
+    (row,) = rows(planned(changes))[0]
+    by_change = {lever.change: lever for lever in row.levers}
+    assert "parallel.reduce=last" in by_change and "train.micro_batch_size=2" in by_change
+    assert "train.micro_batch_size=16" not in by_change, "16 windows on 2 devices"
+    for change, lever in by_change.items():
+        key, value = change.split("=")
+        section, name = key.split(".")
+        other = rows(planned(changes, {section: {name: int(value) if value.isdigit() else value}}))[0][0]
+        assert lever.total == other.memory.total == row.memory.total - lever.saved <= 2_000_000, change
+
+    none = {"model": {"activation_checkpointing": "none"}}
+    exactly = rows(planned(changes, none))[0][0].memory.total / 1e9
+    for room, fits in ((exactly, True), (exactly - 1e-9, False)):
+        (row,) = rows(planned(changes, {"device_memory_gb": room}))[0]
+        assert ("model.activation_checkpointing=none" in {each.change for each in row.levers}) == fits
 
 
 def test_twice_the_devices_hold_half_each_and_as_many_activations(swallow: Any) -> None:
