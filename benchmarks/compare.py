@@ -3,7 +3,8 @@
     python benchmarks/compare.py shape=1b peers=hf_trainer,torchtitan [seq_len=] [micro_batch_size=] [accumulation=]
         [steps=10] [warmup=4] [rounds=3] [threads=] [precision=] [save=NAME] [KEY.OF.OURS=VALUE ...]
 
-    ours           `llm_recipes`: model, loop and loader of a run, with compile=true
+    ours           `llm_recipes`: model, loop and loader of a run, with compile=true and, as all other sides have them,
+                   weights that stay whole for the backward pass (sharding=shard_grad_op)
     ours_plain     the same as it comes, nothing compiled
     hf_trainer     transformers' Trainer: `TrainingArguments(bf16=True)` and no more than the batch size and the
                    optimizer's numbers, which are the same for all; and the Trainer at its best for the same work
@@ -76,7 +77,7 @@ DEFAULTS = {
     "activation_checkpointing": "none", "tied": "", "save": "", "way": "", "work": "",
 }  # fmt: skip
 WAYS = {
-    "ours": ("compare", {"compile": "true"}),
+    "ours": ("compare", {"compile": "true", "sharding": "shard_grad_op"}),
     "ours_plain": ("compare", {"compile": "false"}),
     "hf_trainer_plain": ("peer_hf", {}),
     "hf_trainer_compiled": ("peer_hf", {"torch_compile": True, "logging_nan_inf_filter": False}),
@@ -137,8 +138,9 @@ def prepare(options: dict[str, str], work: Path) -> dict[str, Any]:
 def take_steps(options: dict[str, str], work: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Our side: seconds of each step, and the first losses."""
     count = int(options["warmup"]) + int(options["steps"])
-    place = topology.start(ParallelConfig(precision=options["precision"]))
-    contender = Ours(place, work / "model", options | settings | {"documents": "1"}, count)
+    options = options | settings | {"documents": "1"}
+    place = topology.start(ParallelConfig(options.get("sharding", "full_shard"), precision=options["precision"]))
+    contender = Ours(place, work / "model", options, count)
     watch, losses = Stopwatch(place.device), []
     watch.mark()
     for number in range(count):

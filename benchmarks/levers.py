@@ -39,6 +39,7 @@ LEVERS = (
     Lever("flex attention", {"attention": "flex_attention"}, there=torch.cuda.is_available()),
     Lever("recompute, selective", {"activation_checkpointing": "selective"}),
     Lever("recompute, full", {"activation_checkpointing": "full"}),
+    Lever("weights whole for the backward pass", {"sharding": "shard_grad_op"}),
     Lever("data workers", {"workers": "2"}),
     Lever("optimizer state in 8 bits", {"optim.state": "8bit"}),
     Lever("optimizer state in bf16", {"optim.state": "bf16"}),
