@@ -150,11 +150,9 @@ def train(run: Training, stop: int) -> Iterator[Step]:
 
         run.trainable.mask_gradients()
         norm = optim.global_norm(parameters, topology.device) / run.loss_scale.value
-        factor = 1 / run.loss_scale.value
+        too_large = run.loss_scale.value
         if run.clip_norm is not None:
-            factor = factor * (run.clip_norm / (norm + 1e-6)).clamp(max=1.0)
-        if run.clip_norm is not None or run.loss_scale.active:
-            optim.scale_gradients(parameters, factor)
+            too_large = too_large * ((norm + 1e-6) / run.clip_norm).clamp(min=1.0)
 
         # Both figures are of the whole batch: what is left out on one rank is left out on all.
         mean_loss = topology.sum(sums["loss"].clone()) / targets.clamp(min=1)
@@ -165,8 +163,9 @@ def train(run: Training, stop: int) -> Iterator[Step]:
 
         rate = run.learning_rate(step) * run.progress.lr_factor
         optim.set_learning_rate(run.optimizer, rate)
-        # Fused AdamW obeys it on the device; to parameters on the CPU the copy has to wait, which its own does not.
+        # Fused AdamW obeys both on the device; to parameters on the CPU the copy has to wait, which its own does not.
         run.optimizer.found_inf = left_out.to(parameters[0].device)
+        run.optimizer.grad_scale = too_large.to(parameters[0].device)
         if run.saver is not None:
             run.saver.wait_for_copy()
         with run.phases("optimizer"):

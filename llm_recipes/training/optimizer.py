@@ -1,4 +1,4 @@
-"""AdamW over sharded parameters, gradient clipping by the global norm, and loss scaling for fp16."""
+"""AdamW over sharded parameters, the global norm of gradients by which it clips them, and loss scaling for fp16."""
 
 import logging
 from collections.abc import Iterable
@@ -67,7 +67,8 @@ class AdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov and Hutter, 2019): torch's fused one, on this rank's shards, with moments that may be kept in
     fewer bits between steps (`moments`).
 
-    Where `found_inf` is 1 a step changes nothing, which is decided on the device.
+    Where `found_inf` is 1 a step changes nothing. Gradients are divided by `grad_scale` on the way: clipping them costs
+    no pass of its own over memory. Both are numbers on the device, and nothing waits for them.
 
     Args:
         groups: as `parameter_groups` makes them.
@@ -78,6 +79,7 @@ class AdamW(torch.optim.Optimizer):
     """
 
     found_inf: torch.Tensor | None = None
+    grad_scale: torch.Tensor | None = None
 
     def __init__(self, groups: list[dict[str, Any]], config: OptimConfig, compiled: bool = False) -> None:
         beta1, beta2 = config.betas
@@ -164,9 +166,9 @@ class AdamW(torch.optim.Optimizer):
         parameters, gradients, first, second, steps = lists
         beta1, beta2 = group["betas"]
         adamw_update(
-            parameters, gradients, first, second, [], steps, fused=True, found_inf=self.found_inf, amsgrad=False,
-            beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
-            maximize=False,
+            parameters, gradients, first, second, [], steps, fused=True, found_inf=self.found_inf,
+            grad_scale=self.grad_scale, amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"],
+            weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
         )  # fmt: skip
 
 
@@ -231,16 +233,6 @@ def global_norm(parameters: Iterable[nn.Parameter], device: torch.device) -> tor
             squares /= mesh.size() // mesh["shard"].size()
         total += squares
     return total.sqrt()
-
-
-def scale_gradients(parameters: Iterable[nn.Parameter], factor: torch.Tensor) -> None:
-    """Multiply all gradients, in place, by a scalar on the device."""
-    gradients = [
-        each.grad.to_local() if isinstance(each.grad, DTensor) else each.grad
-        for each in parameters
-        if each.grad is not None
-    ]
-    torch._foreach_mul_(gradients, factor.to(gradients[0].device))
 
 
 class LossScale:
