@@ -45,7 +45,7 @@ class Collectives(TorchDispatchMode):
 
 
 def step(folder: str, targets: list[int], settings: dict[str, Any]) -> dict[str, Any]:
-    """One step of the real loop on this rank's share of the windows; which gradients the optimizer used, and what it did."""
+    """One step of the real loop on this rank's share of the windows; the gradients that AdamW used, and what it did."""
     from llm_recipes.models import causal, topology
     from llm_recipes.training import loop, optimizer, proofs, schedule
     from llm_recipes.training.guard import Guard
