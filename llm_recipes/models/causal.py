@@ -1,7 +1,6 @@
 """A causal language model that answers with per-token losses: what objectives and validation call."""
 
 import logging
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from llm_recipes.data.stream import Batch
 from llm_recipes.errors import UserError
 from llm_recipes.folders import is_checkpoint
 from llm_recipes.models import adapter as adapters
-from llm_recipes.models import fp8, head, initial, loading, quantized, sharding, varlen
+from llm_recipes.models import fp8, head, initial, loading, quantized, router, sharding, varlen
 from llm_recipes.models import layers as layer_options
 from llm_recipes.models.flops import Cost, cost
 from llm_recipes.models.masking import Masking, accepted_arguments, lengths_are_known, sliding_window
@@ -86,7 +85,7 @@ class CausalLM:
 
     def _output(self, batch: Batch, way: Masking) -> Any:
         """What the model answers."""
-        with lengths_are_known(way):
+        with lengths_are_known(way), router.own_left_out(self.model):
             return self.model(**way.arguments(batch))
 
     def token_losses(self, batch: Batch, uniform: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -112,26 +111,15 @@ class CausalLM:
 
     @property
     def router_weight(self) -> float:
-        """The weight of a mixture of experts' auxiliary loss, from its configuration; 0 where it has none."""
-        text = self.model.config.get_text_config()
-        if not getattr(text, "output_router_logits", False):
-            return 0.0
-        names = ("router_aux_loss_coef", "aux_loss_coef")
-        return next((float(getattr(text, name)) for name in names if hasattr(text, name)), 0.0)
+        """Of a mixture of experts' auxiliary loss; 0 where its configuration asks for none."""
+        return router.weight(self.model)
 
     def _router_losses(self, output: Any, batch: Batch) -> torch.Tensor | None:
-        """The model family's own load-balancing loss, window by window: a product of means over what it is
-        computed over, it would else depend on the micro-batch. Padding does not count."""
+        """Of each window; padding does not count."""
         router_logits = getattr(output, "router_logits", None)
         if not self.router_weight or not router_logits:
             return None
-        own = getattr(sys.modules[_original_class(self.model).__module__], "load_balancing_loss_func", None)
-        if own is None:
-            raise UserError("output_router_logits is set, and this model family has no load_balancing_loss_func")
-        text = self.model.config.get_text_config()
-        experts = int(router_logits[0].shape[-1])
         counted = (batch["targets"] != IGNORE).to(torch.int64)
-        rows = batch["input_ids"].shape[0]
         # A document of which some tokens train is no padding: all of them are sent to experts, a prompt's too.
         documents = batch["document_ids"]
         trains = counted.new_zeros(documents.shape[0], documents.shape[1] + 1).scatter_reduce(
@@ -140,21 +128,8 @@ class CausalLM:
         counted = trains.gather(1, documents)
         some = counted.amax(1)
         counted = torch.where(some[:, None] > 0, counted, 1)  # The mean over no token is NaN, and so its gradient.
-        per_window = [
-            own(
-                tuple(layer.reshape(rows, -1, experts)[row] for layer in router_logits),
-                experts,
-                text.num_experts_per_tok,
-                counted[row : row + 1],
-            )
-            for row in range(rows)
-        ]
-        return torch.stack(per_window).float() * some
-
-
-def _original_class(model: nn.Module) -> type:
-    """The model's class before FSDP made a subclass of it."""
-    return next(each for each in type(model).__mro__ if not issubclass(each, FSDPModule))
+        chosen = self.model.config.get_text_config().num_experts_per_tok
+        return router.losses(router_logits, chosen, counted) * some
 
 
 def flash_attention(model: Any, device: torch.device, dtype: torch.dtype) -> tuple[str | None, str]:
@@ -224,6 +199,7 @@ def build(
 
     varlen.register()
     model = empty()
+    router.refuse_another(model)
     if attention == varlen.NAME:
         varlen.refuse_where_it_cannot_be(model, topology.device, precision.compute)
     why_attention = "asked for"

@@ -1,7 +1,10 @@
 """A mixture of experts' auxiliary loss is a product of two means over what it is computed over. Here that is a window:
 how windows are dealt to ranks and micro-batches changes nothing (Fedus et al., "Switch Transformers", 2021)."""
 
+import contextlib
+import importlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from llm_recipes.config import ModelConfig, ParallelConfig
+from llm_recipes.errors import UserError
+from llm_recipes.models import router
 
 WEIGHT = 0.5
 EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
@@ -216,3 +221,32 @@ def answers_alone(folder: str) -> tuple[torch.Tensor, torch.Tensor]:
 def test_prompts_that_do_not_train_are_sent_to_experts_all_the_same(ranks: Any, folders: Any) -> None:
     ((whole, part),) = ranks(1, answers_alone, str(folders["mixtral"]))
     torch.testing.assert_close(part, whole, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "granitemoe"])
+def test_the_loss_is_the_family_s_own_where_there_is_one_window(family: str) -> None:
+    own = importlib.import_module(f"transformers.models.{family}.modeling_{family}").load_balancing_loss_func
+    torch.manual_seed(0)
+    logits = tuple(torch.randn(30, 8).bfloat16() for _ in range(3))
+    counted = (torch.arange(30) < 23)[None].long()
+    torch.testing.assert_close(router.losses(logits, 3, counted)[0], own(logits, 8, 3, counted), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "text", "said"),
+    [
+        ("mixtral", {"num_experts_per_tok": 2}, None),
+        ("mixtral", {"num_experts_per_tok": 2, "output_router_logits": False}, None),
+        ("mixtral", {}, "no loss of routers"),
+        ("mistral", {"num_experts_per_tok": 2}, "no loss of routers"),
+        ("doge", {"num_experts_per_tok": 2}, "another loss of routers"),
+    ],
+)
+def test_another_loss_of_routers_is_refused(family: str, text: dict[str, Any], said: str | None) -> None:
+    module = f"transformers.models.{family}.modeling_{family}"
+    importlib.import_module(module)
+    config = SimpleNamespace(**{**ON, "model_type": family, **text})
+    model = type("Family", (), {"__module__": module})()
+    model.config = SimpleNamespace(get_text_config=lambda: config)
+    with pytest.raises(UserError, match=said) if said else contextlib.nullcontext():
+        router.refuse_another(model)
