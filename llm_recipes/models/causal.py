@@ -133,8 +133,8 @@ class CausalLM:
 
 
 def flash_attention(model: Any, device: torch.device, dtype: torch.dtype) -> tuple[str | None, str]:
-    """The newest flash attention that is installed and that this model takes, or None; and why. (Never run on a GPU
-    yet.)"""
+    """The newest flash attention that is installed and that this model takes, else torch's own where a trial shows it
+    right, or None; and why. (Never run on a GPU yet.)"""
     if device.type != "cuda":
         return None, "transformers' own choice: flash attention needs a GPU"
     if dtype == torch.float32:
@@ -144,7 +144,12 @@ def flash_attention(model: Any, device: torch.device, dtype: torch.dtype) -> tup
     # The fourth generation is for Blackwell and Hopper, and young: it is used where it is asked for by name.
     installed = {"flash_attention_3": is_flash_attn_3_available, "flash_attention_2": is_flash_attn_2_available}
     found = next((name for name, available in installed.items() if available()), None)
-    return found, "installed here" if found else "transformers' own choice: flash-attn is not installed"
+    if found is not None:
+        return found, "installed here"
+    problem = varlen.why_not(model, device, dtype)
+    if problem is None:
+        return varlen.NAME, "torch's own flash attention: flash-attn is not installed, and a trial of it was right"
+    return None, f"transformers' own choice: flash-attn is not installed, nor is torch's own to be used: {problem}"
 
 
 def _attention(model: Any, device: torch.device, why: str) -> str:

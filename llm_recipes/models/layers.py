@@ -31,8 +31,11 @@ MATRIX_PRODUCTS = {
     torch.ops.higher_order.flex_attention,
 }
 """Costly to compute again: `selective` keeps their results and recomputes the rest."""
-PRODUCTS_BY_NAME = ("transformers::grouped_mm_fallback", "flash_attn::_flash_attn", "flash_attn_3::", "flash_attn_4::")
-"""The same of packages that may not be there: experts without a kernel of torch's, flash attention."""
+PRODUCTS_BY_NAME = (
+    "transformers::grouped_mm_fallback", "flash_attn::_flash_attn", "flash_attn_3::", "flash_attn_4::",
+    "torch_attn::_varlen_attn",
+)  # fmt: skip
+"""The same of packages that may not be there, or not yet: experts without a kernel of torch's, flash attention."""
 BACKEND = "inductor"
 """Of `torch.compile`."""
 

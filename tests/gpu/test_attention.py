@@ -13,7 +13,7 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 
 from llm_recipes.config import ModelConfig, ParallelConfig
 from llm_recipes.errors import UserError
-from llm_recipes.models import causal, topology
+from llm_recipes.models import causal, topology, varlen
 from llm_recipes.training import proofs
 
 INSTALLED = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
@@ -71,12 +71,13 @@ def test_documents_are_isolated(tiny_models: dict[str, Path], place: Any, family
     assert far < (2e-2 if family != "mixtral" else 1e-1)
 
 
-def test_auto_takes_flash_attention_where_it_is_installed_and_says_what_else(
+def test_auto_takes_flash_attention_where_there_is_one_and_says_what_else(
     tiny_models: dict[str, Path], place: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "llm_recipes.models.causal")
     lm = opened(tiny_models["mistral"], place, "auto")
-    wanted = next((name for name, there in reversed(INSTALLED.items()) if there()), "sdpa")
+    torchs = "sdpa" if varlen.why_not(lm.model, place.device, torch.bfloat16) else "varlen"
+    wanted = next((name for name, there in reversed(INSTALLED.items()) if there()), torchs)
     assert lm.model.config._attn_implementation == wanted
     assert f"attention {wanted} (" in caplog.text
 

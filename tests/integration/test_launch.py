@@ -78,7 +78,8 @@ def test_one_process_without_a_launcher_and_control_c(place: Path) -> None:
     process = start(place, [sys.executable, *verb("pretrain"), "+exp=mine", "train.steps=100000"])
     deadline = time.monotonic() + 120
     while not (place / "outputs" / "mine" / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[1]
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and err.rstrip().endswith("stopped") and "Traceback" not in err
+    assert process.returncode == 130 and err.rstrip().endswith("stopped") and "Traceback" not in err, err

@@ -347,8 +347,10 @@ def test_the_choice_of_attention_has_a_reason() -> None:
         ):
             name, why = causal.flash_attention(*asked)
             assert name is None and reason in why
-    with patch.multiple(causal, is_flash_attn_3_available=lambda: False, is_flash_attn_2_available=lambda: False):
-        assert "not installed" in causal.flash_attention(model, cuda, bf16)[1]
+    there = {"is_flash_attn_3_available": lambda: False, "is_flash_attn_2_available": lambda: False}
+    with patch.multiple(causal, **there), patch("llm_recipes.models.varlen.why_not", lambda *_: "a reason"):
+        name, why = causal.flash_attention(model, cuda, bf16)
+        assert name is None and "not installed" in why and "a reason" in why
     assert causal._attention(model, cpu, "why") == "attention sdpa (why)"
     with patch("torch.backends.cuda.flash_sdp_enabled", lambda: False):
         said = causal._attention(model, cuda, "why")

@@ -1,5 +1,6 @@
 """torch's own flash attention over documents (`model.attention=varlen`), with plain products in place of its kernel."""
 
+import re
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -102,6 +103,81 @@ def test_what_the_kernel_cannot_do_is_refused_in_one_line() -> None:
     states, ends = torch.zeros(1, 2, 4, 8), torch.tensor([0, 4], dtype=torch.int32)
     with pytest.raises(UserError, match="no softcap"):
         varlen.attention(model, states, states, states, None, cu_seq_lens_q=ends, max_length_q=4, softcap=30.0)
+
+
+def wrong(**changed: Any) -> Any:
+    """A kernel that is told something else than it was asked."""
+    return lambda *given, **options: kernel(*given, **{**options, **changed})
+
+
+def of_one_document(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: torch.Tensor, *given: Any,
+                    **options: Any) -> torch.Tensor:  # fmt: skip
+    whole = ends[[0, -1]]
+    return kernel(query, key, value, whole, whole, len(query), len(query), **options)
+
+
+def without_a_gradient(*given: Any, **options: Any) -> torch.Tensor:
+    query, key, value, *rest = given
+    return kernel(query, key.detach() + 0 * key, value, *rest, **options)
+
+
+def broken(*_: Any, **__: Any) -> torch.Tensor:
+    raise RuntimeError("no kernel image is available")
+
+
+@pytest.mark.parametrize(
+    ("its", "said"),
+    [
+        (kernel, None),
+        (wrong(scale=0.2), "lay .* from plain attention"),
+        (wrong(window_size=(20, 0)), "lay .* from plain attention"),
+        (of_one_document, "lay .* from plain attention"),
+        (without_a_gradient, "lay .* from plain attention"),
+        (broken, "no kernel image is available"),
+    ],
+)
+def test_auto_takes_it_only_where_a_trial_shows_it_right(its: Any, said: str | None) -> None:
+    from llm_recipes.models import causal, loading, varlen
+
+    model = loading.empty_model(tiny.model_config("mistral", head_dim=64), torch.bfloat16, "sdpa")
+    with (
+        patch("llm_recipes.models.varlen.refuse_where_it_cannot_be", lambda *_: None),
+        patch("torch.nn.attention.varlen.varlen_attn", its),
+        patch.multiple(causal, is_flash_attn_3_available=lambda: False, is_flash_attn_2_available=lambda: False),
+    ):
+        problem = varlen.why_not(model, torch.device("cpu"), torch.bfloat16)
+        assert re.search(said, problem or "") if said else problem is None
+        with patch.object(varlen, "why_not", lambda *_: problem):
+            name, why = causal.flash_attention(model, torch.device("cuda"), torch.bfloat16)
+    assert name == (None if said else "varlen")
+    assert (problem or "a trial of it was right") in why
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "said"),
+    [
+        ("gemma2", {"head_dim": 8}, "soft-capped"),
+        ("mistral", {"attention_dropout": 0.1}, "dropout"),
+        ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}, "sinks"),
+        ("deepseek_v3", {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "kv_lora_rank": 8,
+                         "q_lora_rank": 8, "n_routed_experts": 4, "n_group": 1, "topk_group": 1}, "size"),
+        ("mistral", {"head_dim": 512}, "larger than 256"),
+    ],
+)  # fmt: skip
+def test_auto_leaves_out_what_the_kernel_has_not(family: str, changes: dict[str, Any], said: str) -> None:
+    from llm_recipes.models import loading, varlen
+
+    model = loading.empty_model(tiny.model_config(family, **changes), torch.bfloat16, None)
+    model._supports_flash_attn = True
+    assert said in (varlen.why_not(model, torch.device("cuda", 0), torch.bfloat16) or "")
+
+
+def test_recomputing_keeps_what_it_made() -> None:
+    import torch.nn.attention.varlen
+
+    from llm_recipes.models import layers
+
+    assert layers._is_product(torch.ops.torch_attn._varlen_attn.default)
 
 
 def test_torch_has_the_kernel_as_it_is_called() -> None:
