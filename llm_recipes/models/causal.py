@@ -213,16 +213,15 @@ def build(
         model = empty() if attention is not None else model
     if beside is not None:
         adapters.inject(model, beside, precision)
-    price = cost(model, adapters.expert_parameters(model))
+    beside_experts = adapters.expert_parameters(model)
+    price = cost(model, beside_experts)
     if beside is not None and beside.base == "4bit":
         quantized.replace(model, precision)
     if parallel.fp8 != "none":
         fp8.convert(model, parallel, precision, topology.device)
     layers = sharding.layers(model)
     budget = config.activation_memory_budget
-    compiled, why = layer_options.whether_to_compile(
-        config.compile, topology.device, "none" if beside is None else beside.kind
-    )
+    compiled, why = layer_options.whether_to_compile(config.compile, topology.device, bool(beside_experts))
     loss_head = head.install(model, fused=compiled)
     if budget is not None and not compiled:
         raise UserError(

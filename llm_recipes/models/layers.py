@@ -62,19 +62,19 @@ def recompute(forward: Callable[..., Any], kind: str) -> Callable[..., Any]:
     return forward_again
 
 
-def whether_to_compile(asked: str | bool, device: torch.device, adapter: str = "none") -> tuple[bool, str]:
+def whether_to_compile(asked: str | bool, device: torch.device, beside_experts: bool = False) -> tuple[bool, str]:
     """Whether layers are compiled, and why. (`auto` on CUDA has never run on a GPU yet.)
 
     Args:
         asked: `model.compile`.
-        adapter: `adapter.kind`.
+        beside_experts: whether an adapter stands beside fused weights of experts: a graph break at each (peft 0.19).
     """
     if asked != "auto":
         return bool(asked), "asked for"
     if device.type != "cuda":
         return False, f"model.compile=auto: not on the {device.type}"
-    if adapter != "none":
-        return False, "model.compile=auto: not with an adapter"
+    if beside_experts:
+        return False, "model.compile=auto: not with an adapter beside fused experts"
     # Triton compiles the launchers of its kernels with it; where there is none, the first step would fail.
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return False, "model.compile=auto: there is no C compiler (gcc, or CC) here"

@@ -240,6 +240,7 @@ def losses(folder: Path) -> list[float]:
         ("mistral", {"dropout": 0.2}, {"parallel__precision": "bf16-mixed"}),
         ("mixtral", {}, {}),
         ("mistral", {"base": "4bit"}, {"parallel__precision": "fp16-mixed"}),
+        ("mistral", {"dropout": 0.2}, {"model__compile": True}),
     ],
 )
 def test_stopping_and_going_on_is_the_uninterrupted_run_bit_for_bit(

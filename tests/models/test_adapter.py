@@ -264,3 +264,23 @@ def test_a_token_meets_its_own_experts_part_of_an_adapter(ranks: Any, tiny_model
     assert with_experts.parameters - without.parameters == whole
     assert with_experts.matrix_parameters - without.matrix_parameters == whole // 2, "two of four"
     assert with_experts.frozen_matrix_parameters == without.frozen_matrix_parameters
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "base"), [("mistral", "full"), ("mistral", "4bit"), ("mixtral", "full")])
+def test_compiled_it_has_the_same_gradients(ranks: Any, tmp_path: Path, family: str, base: str) -> None:
+    """Beside dense layers in one graph for all of them; beside fused experts in pieces (`auto` compiles none there)."""
+    folder = tiny.save_model(tmp_path / family, family, hidden_size=64, intermediate_size=128, num_hidden_layers=3)
+    plain = ranks(1, stepped_compiled, str(folder), base, {})[0]
+    recomputing = {"compile": True, "activation_checkpointing": "selective"}
+    found = ranks(1, stepped_compiled, str(folder), base, recomputing)[0]
+    assert_same(found, plain)
+    assert family == "mixtral" or found["graphs"] == "2 graphs compiled, no graph breaks", "a layer, and the head"
+
+
+def stepped_compiled(folder: str, base: str, model: dict[str, Any]) -> dict[str, Any]:
+    from llm_recipes.models import layers
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    return stepped(folder, {"base": base}, {}, **model) | {"graphs": layers.compilations()}

@@ -296,9 +296,9 @@ def test_auto_compiles_on_cuda_and_says_why() -> None:
     with patch("shutil.which", lambda name: "/usr/bin/gcc"):
         assert whether_to_compile("auto", cuda) == (True, "model.compile=auto: on CUDA")
         assert whether_to_compile("auto", cpu) == (False, "model.compile=auto: not on the cpu")
-        assert not whether_to_compile("auto", cuda, "lora")[0]
+        assert not whether_to_compile("auto", cuda, beside_experts=True)[0]
         for device in (cuda, cpu):
-            assert whether_to_compile(True, device, "lora") == (True, "asked for")
+            assert whether_to_compile(True, device, beside_experts=True) == (True, "asked for")
             assert whether_to_compile(False, device) == (False, "asked for")
     with patch("shutil.which", lambda name: None), patch.dict("os.environ"):
         import os
