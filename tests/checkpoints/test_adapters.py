@@ -10,28 +10,17 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from whole_runs import losses, run
 
 from llm_recipes.checkpoints import manifest, shards
 from llm_recipes.checkpoints.export import export
 from llm_recipes.config import ExportConfig
 from llm_recipes.errors import UserError
 from llm_recipes.folders import weight_files
-from llm_recipes.telemetry import metrics
 
 Workplace = Callable[[str], Path]
 LORA = {"kind": "lora", "rank": 4, "alpha": 8.0}
 IDS = torch.arange(2, 14)[None]
-
-
-def run(config: Any) -> str | None:
-    """A whole run on this rank; the user's mistake that ended it, or None."""
-    from llm_recipes.training.run import pretrain
-
-    try:
-        pretrain(config)
-    except UserError as error:
-        return str(error)
-    return None
 
 
 def trained(config: Any) -> list[float]:
@@ -228,10 +217,6 @@ def test_a_merge_that_cannot_be_is_refused(runs: Any, ranks: Any, tiny_models: A
 
 def last(folder: Path, step: int) -> Path:
     return folder / "run" / "checkpoints" / f"step-{step:08d}"
-
-
-def losses(folder: Path) -> list[float]:
-    return [row["loss"] for row in metrics.read(folder / "run" / "metrics.jsonl") if "loss" in row]
 
 
 @pytest.mark.parametrize(

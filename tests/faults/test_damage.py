@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import tiny
+from whole_runs import run
 
 from llm_recipes.checkpoints import manifest
 
@@ -70,18 +71,6 @@ def heard() -> Iterator[list[str]]:
     logging.getLogger("llm_recipes").addHandler(ear)
     yield said
     logging.getLogger("llm_recipes").removeHandler(ear)
-
-
-def run(config: Any) -> str | None:
-    """A whole run on this rank; the user's mistake that ended it, or None."""
-    from llm_recipes.errors import UserError
-    from llm_recipes.training.run import pretrain
-
-    try:
-        pretrain(config)
-    except UserError as error:
-        return str(error)
-    return None
 
 
 def files_of(checkpoint: Path) -> list[str]:

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from whole_runs import run
 
 from llm_recipes.config import GuardConfig, ModelConfig, OptimConfig, ParallelConfig
 from llm_recipes.errors import UserError
@@ -351,16 +352,6 @@ def test_a_cycle_is_learned_as_without(ranks: Any, tiny_models: Any) -> None:
     for found in losses:
         assert found[-1] < 2 * plain[-1] + 0.01
         assert max(abs(a - b) for a, b in zip(found, plain, strict=True)) < 0.5
-
-
-def run(config: Any) -> str | None:
-    from llm_recipes.training.run import pretrain
-
-    try:
-        pretrain(config)
-    except UserError as error:
-        return str(error)
-    return None
 
 
 MIXED = {"parallel__precision": "bf16-mixed"}

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import tiny
+from whole_runs import run
 
 from llm_recipes.config import ReportConfig
 from llm_recipes.reporting.course import goodput
@@ -37,12 +38,6 @@ def test_a_step_s_samples_are_those_that_it_took(tmp_path: Path) -> None:
     assert positions_of(config, [logged], asked, []) == [20, 21, 22, 23]
     assert positions_of(config, [logged], asked, [(18, 20), (21, 23), (40, 50)]) == [16, 17, 20, 23]
     assert positions_of(config, [logged, left_out], asked, []) == [30, 31, 32, 33]
-
-
-def run(config: Any) -> None:
-    from llm_recipes.training.run import pretrain
-
-    pretrain(config)
 
 
 def test_a_report_shows_the_course_and_the_text_of_a_step(

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-
-from llm_recipes.telemetry import metrics
+from whole_runs import losses, run
 
 LEVERS = {
     "model__compile": True,
@@ -16,17 +15,6 @@ LEVERS = {
     "optim__state": "8bit",
     "data__workers": 1,
 }
-
-
-def run(config: Any) -> None:
-    """A whole run on this rank."""
-    from llm_recipes.training.run import pretrain
-
-    pretrain(config)
-
-
-def losses(folder: Path) -> list[float]:
-    return [row["loss"] for row in metrics.read(folder / "run" / "metrics.jsonl") if "loss" in row]
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from whole_runs import run
 
 from llm_recipes.checkpoints import manifest, retention
 from llm_recipes.config import GuardConfig, RunConfig
@@ -21,16 +22,6 @@ from llm_recipes.training.guard import FINE, NOT_FINITE, Guard
 from llm_recipes.training.lock import Lock
 
 Workplace = Callable[[str], Path]
-
-
-def run(config: Any) -> str | None:
-    from llm_recipes.training.run import pretrain
-
-    try:
-        pretrain(config)
-    except UserError as error:
-        return str(error)
-    return None
 
 
 def kept(folder: Path) -> list[str]:

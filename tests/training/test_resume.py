@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from whole_runs import losses, run
 
 from llm_recipes.checkpoints import manifest
 from llm_recipes.telemetry import metrics
@@ -21,19 +22,6 @@ def wide_models(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathF
     """Also one whose rows are long enough to share scales (`optim.state=8bit`)."""
     wide = tiny.save_model(tmp_path_factory.mktemp("wide") / "mistral", hidden_size=64, intermediate_size=128)
     return {**tiny_models, "wide": wide}
-
-
-def run(config: Any) -> str | None:
-    """A whole run on this rank; the user's mistake that ended it, or None."""
-    from llm_recipes.errors import UserError
-    from llm_recipes.training.run import pretrain
-
-    torch.use_deterministic_algorithms(False)
-    try:
-        pretrain(config)
-    except UserError as error:
-        return str(error)
-    return None
 
 
 def warned(config: Any) -> list[str]:
@@ -93,10 +81,6 @@ def samples(config: Any, size: int, steps: int, ranks: Any) -> tuple[list[int], 
 
 def last(folder: Path, step: int = 8) -> Path:
     return folder / "run" / "checkpoints" / f"step-{step:08d}"
-
-
-def losses(folder: Path) -> list[float]:
-    return [row["loss"] for row in metrics.read(folder / "run" / "metrics.jsonl") if "loss" in row]
 
 
 @pytest.mark.parametrize(
