@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import short_runs
 import tiny
 import torch
 import torch.nn.functional as F
@@ -204,6 +205,28 @@ def test_the_gradient_is_clipped_once_by_the_norm_of_the_whole(ranks: Any, tiny_
                 torch.testing.assert_close(
                     found["gradients"][name], gradient * expected, rtol=1e-3, atol=1e-6, msg=name
                 )
+
+
+def norms_used(folder: str, clips: list[float]) -> list[float]:
+    """Of the gradients that AdamW used in steps that are clipped to these norms, from its first moments."""
+    from llm_recipes.training import loop
+
+    run = short_runs.prepared(folder, len(clips), precision="fp32")
+    steps, before, found = loop.train(run, len(clips)), {}, []
+    for clip in clips:
+        run.clip_norm = clip
+        next(steps)
+        moments = {each: own["exp_avg"].full_tensor() for each, own in run.optimizer.state.items()}
+        used = [(moment - 0.9 * before.get(each, 0)) / 0.1 for each, moment in moments.items()]
+        found.append(float(torch.stack([each.norm() for each in used]).norm()))
+        before = {each: moment.clone() for each, moment in moments.items()}
+    return found
+
+
+def test_each_step_is_clipped_by_its_own_norm(ranks: Any, tiny_models: Any) -> None:
+    clips = [0.02, 0.08, 0.01, 0.04]
+    ((found),) = ranks(1, norms_used, str(tiny_models["mistral"]), clips)
+    assert found == pytest.approx(clips, rel=1e-3)
 
 
 def test_a_rank_without_targets_neither_hangs_nor_divides_by_zero(ranks: Any, tiny_models: Any) -> None:

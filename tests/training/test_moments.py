@@ -207,6 +207,24 @@ def test_a_step_that_is_left_out_changes_no_bit(kind: str) -> None:
     assert [name for name, each in before.items() if not torch.equal(each, after[name])] == []
 
 
+@pytest.mark.parametrize("kind", ["full", *KINDS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_divided_by_grad_scale_on_the_way(
+    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In each stretch of numbers once."""
+    monkeypatch.setitem(optimizer.CHUNK, "cpu", 300)
+    (mine, scaled), (plain, other) = one(kind, dtype=dtype), one(kind, dtype=dtype)
+    for step in range(3):
+        mine.grad, plain.grad = gradient(mine, step), gradient(mine, step) / 2**step  # exact, and another each time
+        scaled.grad_scale = torch.tensor(2.0**step)
+        scaled.step()
+        other.step()
+    assert torch.equal(mine, plain)
+    for name, each in scaled.state[mine].items():
+        assert torch.equal(each, other.state[plain][name]), name
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_does_not_matter_how_many_numbers_are_updated_at_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
