@@ -8,7 +8,7 @@ import torch
 from ranks import Ranks
 from torch.distributed.fsdp import FSDPModule
 
-from llm_recipes.models.communication import ReduceInPlace
+from llm_recipes.models.communication import ReduceInPlace, gather_ahead
 
 CASES: list[dict[str, Any]] = [
     {"precision": precision, "sharding": sharding}
@@ -73,3 +73,17 @@ def test_a_buffer_is_given_twice_and_then_a_new_one() -> None:
         ask(9)
     with pytest.raises(RuntimeError, match="one process"):
         memory(output_tensor=first, input_tensor=second)
+
+
+def test_layers_are_fetched_in_the_order_in_which_they_come() -> None:
+    class Layer(FSDPModule):
+        def set_modules_to_forward_prefetch(self, modules: list[FSDPModule]) -> None:
+            self.forward = modules
+
+        def set_modules_to_backward_prefetch(self, modules: list[FSDPModule]) -> None:
+            self.backward = modules
+
+    layers: Any = [object.__new__(Layer) for _ in range(4)]
+    gather_ahead(layers, 2)
+    assert [[layers.index(each) for each in layer.forward] for layer in layers] == [[1, 2], [2, 3], [3], []]
+    assert [[layers.index(each) for each in layer.backward] for layer in layers] == [[], [0], [1, 0], [2, 1]]
