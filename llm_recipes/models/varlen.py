@@ -90,8 +90,8 @@ def _trial(heads: int, kv_heads: int, size: int, device: torch.device, dtype: to
     except Exception as error:  # a kernel that is not built for this GPU, or takes other arguments
         return f"a trial failed ({first_line(error)})"
     pairs = zip((found.detach(), *of_found), (wanted.detach(), *of_wanted), strict=True)
-    apart = max(float((mine.float() - its).norm() / its.norm()) for mine, its in pairs)
-    return None if apart <= TOLERANCE else f"in a trial it lay {apart:.2g} from plain attention"
+    apart = torch.stack([(mine.float() - its).norm() / its.norm() for mine, its in pairs]).max()  # NaN if any is
+    return None if apart <= TOLERANCE else f"in a trial it lay {float(apart):.2g} from plain attention"
 
 
 def attention(

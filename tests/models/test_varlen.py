@@ -121,6 +121,11 @@ def without_a_gradient(*given: Any, **options: Any) -> torch.Tensor:
     return kernel(query, key.detach() + 0 * key, value, *rest, **options)
 
 
+def with_a_gradient_of_nan(*given: Any, **options: Any) -> torch.Tensor:
+    query, key, value, *rest = given
+    return kernel(query, key, value + (value - value.detach()).sqrt(), *rest, **options)
+
+
 def broken(*_: Any, **__: Any) -> torch.Tensor:
     raise RuntimeError("no kernel image is available")
 
@@ -133,6 +138,7 @@ def broken(*_: Any, **__: Any) -> torch.Tensor:
         (wrong(window_size=(20, 0)), "lay .* from plain attention"),
         (of_one_document, "lay .* from plain attention"),
         (without_a_gradient, "lay .* from plain attention"),
+        (with_a_gradient_of_nan, "lay nan from plain attention"),
         (broken, "no kernel image is available"),
     ],
 )
