@@ -37,6 +37,7 @@ def smaller(sizes: Sizes, config: PlanConfig, devices: int, now: Memory) -> list
         ({"train.micro_batch_size": 1}, devices),
         ({"parallel.sharding": "full_shard", "parallel.replicas": None}, devices),
         ({"parallel.reduce": "every"}, devices),
+        ({"parallel.prefetch": 1}, devices),
         ({"optim.state": "8bit"}, devices),
         ({"parallel.cpu_offload": True}, devices),
         ({}, 2 * devices),
@@ -60,7 +61,7 @@ def faster(sizes: Sizes, config: PlanConfig, devices: int, now: Memory, room: fl
     single += [{"train.micro_batch_size": rows * times} for times in (2, 4, 8)]
     if parallel.sharding == "full_shard":
         single.append({"parallel.sharding": "shard_grad_op"})
-    if parallel.reduce == "every" and micro_batches > 1 and devices > 1:
+    if parallel.reduce == "every" and micro_batches > 1 and sizes.layout(config, devices).shards > 1:
         single.append({"parallel.reduce": "last"})
     if parallel.cpu_offload:
         single.append({"parallel.cpu_offload": False})

@@ -168,7 +168,7 @@ def plan(config: PlanConfig) -> None:
     show_table("Disk, GB", _disk_table(found))
     for each in found:
         if each.levers:
-            left = f"{each.spare / 1e9:.1f} GB left; what would make it faster, and fits"
+            left = f"{each.spare / 1e9:.1f} GB left; each of these would be faster, and still fit"
             short = f"{-each.spare / 1e9:.1f} GB too much; what would change it"
             show_table(
                 f"{each.title}: {left if each.spare >= 0 else short}", [_lever_row(each, one) for one in each.levers]
@@ -241,7 +241,7 @@ def _disk_table(found: list[Row]) -> list[dict[str, Any]]:
 def _lever_row(row: Row, lever: Lever) -> dict[str, Any]:
     return {
         "change": lever.change,
-        "saves_GB" if row.spare < 0 else "takes_GB": f"{abs(lever.saved) / 1e9:.1f}",
+        **({"saves_GB": f"{lever.saved / 1e9:.1f}"} if row.spare < 0 else {"more_GB": f"{-lever.saved / 1e9:.1f}"}),
         "fits": _fits(row.candidate.device.memory - lever.total),
     }
 

@@ -139,6 +139,9 @@ def test_what_fits_says_what_would_be_faster_and_still_fit(planned: Any, tiny_mo
         other = rows(planned(changes, {section: {name: int(value) if value.isdigit() else value}}))[0][0]
         assert lever.total == other.memory.total == row.memory.total - lever.saved <= 2_000_000, change
 
+    (copies,) = rows(planned(changes, {"parallel": {"sharding": "no_shard"}}))[0]
+    assert "parallel.reduce=last" not in {each.change for each in copies.levers}, "it is that already"
+
     none = {"model": {"activation_checkpointing": "none"}}
     exactly = rows(planned(changes, none))[0][0].memory.total / 1e9
     for room, fits in ((exactly, True), (exactly - 1e-9, False)):
